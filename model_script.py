@@ -32,8 +32,9 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -176,11 +177,11 @@ def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
     problem = UserError(f"{source}: {key.name} must be {allowed(key)}, got {json.dumps(value, default=str)}")
 
     def number(item: Any) -> Any:
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or not math.isfinite(item):
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise problem
+        if not key.metadata["low"] <= item <= key.metadata["high"]:  # false for NaN; before int(), which infinity breaks
             raise problem
         if "int" in key.type and item != int(item):
-            raise problem
-        if not key.metadata["low"] <= item <= key.metadata["high"]:
             raise problem
         return int(item) if "int" in key.type else float(item)
 
@@ -201,6 +202,13 @@ def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
 
 def apply_settings(config: Config, settings: dict[str, Any], source: str) -> Config:
     """A copy of `config` with `settings` typed, range-checked and put in; `source` names where they came from."""
+    merged = dataclasses.replace(config, **typed_settings(config, settings, source))
+    check_together(merged, source)
+    return merged
+
+
+def typed_settings(config: Config, settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """`settings` as the types of `config`'s keys. Raises UserError for an unknown key or a value that is not allowed."""
     keys = {key.name: key for key in dataclasses.fields(config)}
     changes = {}
     for name, value in settings.items():
@@ -208,9 +216,7 @@ def apply_settings(config: Config, settings: dict[str, Any], source: str) -> Con
             nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
             raise UserError(f"{source}: unknown key {name}; the nearest is {nearest} ({allowed(keys[nearest])})")
         changes[name] = coerce(keys[name], value, source)
-    merged = dataclasses.replace(config, **changes)
-    check_together(merged, source)
-    return merged
+    return changes
 
 
 def check_together(config: Config, source: str) -> None:
@@ -232,12 +238,17 @@ def check_together(config: Config, source: str) -> None:
     parse_eval_size(config.eval_size, source)
 
 
+def is_side(text: str) -> bool:
+    """Whether `text` is a picture side in [16, 8192]."""
+    return text.isdecimal() and len(text) <= 4 and 16 <= int(text) <= 8192
+
+
 def parse_eval_size(text: str, source: str = "eval_size") -> tuple[int, int] | None:
     """(height, width) of an eval_size such as '128,128'; None for native and auto."""
     if text in ("auto", "native"):
         return None
     parts = text.strip("[]").split(",")
-    if len(parts) == 2 and all(part.strip().isdigit() and 16 <= int(part) <= 8192 for part in parts):
+    if len(parts) == 2 and all(is_side(part.strip()) for part in parts):
         return int(parts[0]), int(parts[1])
     raise UserError(f"{source}: eval_size must be auto, native or height,width in [16, 8192], got {text!r}")
 
@@ -258,7 +269,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); name an existing JSON file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is JSON") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(settings, dict):
         raise UserError(f'{path}: a config is one JSON object such as {{"batch_size": 1}}')
@@ -278,7 +289,7 @@ def parse_assignment(text: str, config_class: type[Config]) -> tuple[str, Any]:
         value = f"[{value}]"
     try:
         return name, json.loads(value.lower() if kind == "bool" else value.removeprefix("+"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -335,11 +346,12 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
             raise UserError(f"--{name} does nothing in --mode {arguments.mode}; leave it out")
         if not given and name in needs.get(arguments.mode, ()):
             raise UserError(f"--mode {arguments.mode} needs --{name} FILE")
-    arguments.settings = read_config_file(arguments.config) if arguments.config else {}
-    config = apply_settings(config_class(), arguments.settings, arguments.config or "config")
+    default, source = config_class(), arguments.config or "config"
+    settings = typed_settings(default, read_config_file(arguments.config), source) if arguments.config else {}
     overrides = dict(parse_assignment(text, config_class) for text in arguments.set)
-    apply_settings(config, overrides, "--set")
-    arguments.settings |= overrides
+    settings |= typed_settings(default, overrides, "--set")
+    check_together(dataclasses.replace(default, **settings), "--set" if overrides else source)
+    arguments.settings = settings
     return arguments
 
 
@@ -383,7 +395,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror or error}); check the folder and the free space") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` where it is missing. Raises UserError when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -415,13 +436,14 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(3, H, W) float in [0, 1] of an (H, W, 3) uint8 array."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+    return torch.tensor(pixels).permute(2, 0, 1).float() / 255
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
 
-    Grey is repeated, palettes are looked up, alpha is dropped, 16-bit values are rounded to the nearest of 256 levels.
+    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256 levels; 16-bit colour
+    loses its lower byte, as Pillow reads it.
     Raises UserError naming the file when it is missing, empty, truncated, a decompression bomb or no picture.
     """
     try:
@@ -462,7 +484,7 @@ class Pair(NamedTuple):
 
 def natural_key(name: str) -> list[Any]:
     """Sort key that puts 9 before 10."""
-    digits = "".join(c if c.isdigit() else " " for c in name).split()
+    digits = "".join(c if c.isdecimal() else " " for c in name).split()
     return [[int(d) for d in digits], name]
 
 
@@ -1159,13 +1181,17 @@ def choose_runtime(config: Config) -> Runtime:
 def load_checkpoint(path: str) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a foreign file may warn on its way to being refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})") from None
     except Exception as error:  # torch.load raises many kinds for hostile or damaged files; each is the same to the user
         raise UserError(f"{path}: not a checkpoint of this script, or a damaged one ({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"format_version", "config", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this script (format_version, config or model is missing)")
+    if not isinstance(content["config"], dict) or not all(isinstance(key, str) for key in content["config"]):
+        raise UserError(f"{path}: not a checkpoint of this script (its config is no table of settings)")
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content['format_version']}, this script reads version {FORMAT_VERSION}")
     return content
@@ -1204,15 +1230,18 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             raise UserError(f"{path}: cannot write ({error}); check the folder and the free space") from None
 
 
+def written_by(path: Path, run_id: str) -> bool:
+    """Whether the run `run_id` wrote the checkpoint `path`; an unreadable one counts as another's."""
+    try:
+        return load_checkpoint(str(path)).get("run_id") == run_id
+    except UserError:
+        return False
+
+
 def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> None:
     """Rename `path`, with its date, when another run wrote it: no run destroys another's weights."""
-    if not path.exists():
+    if not path.exists() or written_by(path, run_id):
         return
-    try:
-        if load_checkpoint(str(path)).get("run_id") == run_id:
-            return
-    except UserError:
-        pass  # unreadable, so not ours: keep it too
     stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
     aside = path.with_name(f"{path.stem}_{stamp}{path.suffix}")
     for count in range(2, 1000):
@@ -1296,7 +1325,9 @@ def load_lpips(log: Callable[[str], None] = print) -> Callable[[np.ndarray, np.n
     try:
         import lpips
 
-        network = lpips.LPIPS(net="alex", verbose=False).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
+            network = lpips.LPIPS(net="alex", verbose=False).eval()
     except ImportError:
         log("LPIPS columns are left out: `pip install lpips` adds them")
         return None
@@ -1441,13 +1472,16 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
         load_weights(self.ema.module, state, path)
-        training = state["training"]
-        self.model.load_state_dict(training["model"])
-        self.ema.n_averaged.copy_(training["averaged"])
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
-        self.step, self.minutes = training["step"], training["minutes"]
-        self.best, self.kept, self.run_id = training["best"], list(training["kept"]), state["run_id"]
+        try:
+            training = state["training"]
+            self.model.load_state_dict(training["model"])
+            self.ema.n_averaged.copy_(training["averaged"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scaler.load_state_dict(training["scaler"])
+            self.step, self.minutes = int(training["step"]), float(training["minutes"])
+            self.best, self.kept, self.run_id = float(training["best"]), list(training["kept"]), str(state["run_id"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: its training state is damaged ({type(error).__name__}); resume from another") from None
 
     def _deployable(self) -> dict[str, Any]:
         """What enhancement needs: averaged weights, the config, where they come from, and how to know the training pictures."""
@@ -1484,7 +1518,8 @@ class Trainer:
         self.kept = [*old[cut:], name]
         self.save(name)
         for other in old[:cut]:
-            (self.folder / other).unlink(missing_ok=True)
+            if written_by(self.folder / other, self.run_id):
+                (self.folder / other).unlink()
 
     # the loop ---------------------------------------------------------------------------------------------------------
 
@@ -1494,23 +1529,27 @@ class Trainer:
 
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
         self._announce(log_dir)
+        for folder in (self.folder, log_dir):
+            make_folder(folder)
         self.writer = SummaryWriter(log_dir)
         first = self.step // self.steps_per_epoch
         bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", **progress_style())
         with polite_signals() as interrupted, bar, self.writer:
             for epoch in range(first, config.num_epochs):
                 self._train_epoch(epoch, bar, interrupted)
+                whole = self.step == (epoch + 1) * self.steps_per_epoch
+                last = epoch + 1 == config.num_epochs or self._out_of_time()
+                if whole or not interrupted:  # a signal at an epoch's last step costs it neither validation nor checkpoint
+                    if last or (epoch + 1) % config.val_freq == 0:
+                        self._validate(epoch + 1)
+                    if last or (epoch + 1) % config.save_freq == 0:
+                        self.save_epoch(epoch + 1)
+                    if last:
+                        break
                 if interrupted:
                     path = self.save("checkpoint_interrupted.pth")
                     tqdm.write(f"stopped at step {self.step}; go on with --mode train --resume {path}")
                     return 130
-                last = epoch + 1 == config.num_epochs or self._out_of_time()
-                if last or (epoch + 1) % config.val_freq == 0:
-                    self._validate(epoch + 1, bar)
-                if last or (epoch + 1) % config.save_freq == 0:
-                    self.save_epoch(epoch + 1)
-                if last:
-                    break
             self._conclude()
         print(f"best weights: {self.folder / 'best_model.pth'} (validation PSNR {self.best:.2f} dB)")
         print(f"newest checkpoint: {self.folder / self.kept[-1]}")
@@ -1606,7 +1645,7 @@ class Trainer:
             self.writer.add_scalar(name, value, self.step)
 
     @torch.no_grad()
-    def _validate(self, epoch: int, bar: tqdm) -> None:
+    def _validate(self, epoch: int) -> None:
         """Score the averaged weights on the validation pairs; the best PSNR so far is saved as best_model.pth."""
         model = self.ema.module.eval()
         torch.manual_seed(self.config.seed)  # the same dequantisation noise every time
@@ -1658,7 +1697,8 @@ def train(arguments: argparse.Namespace, model_class: type[nn.Module], config_cl
 def load_model(path: str, settings: dict[str, Any], model_class: type[nn.Module], config_class: type[Config]) -> Any:
     """(model, its config under `settings`, runtime, checkpoint content) for evaluation and enhancement."""
     checkpoint = load_checkpoint(path)
-    config = checkpoint_config(checkpoint, path, settings, config_class)
+    here = {"device": "auto", "results_dir": config_class().results_dir}  # the training's own say nothing about this use
+    config = checkpoint_config(checkpoint, path, here | settings, config_class)
     runtime = choose_runtime(config)
     model = model_class(config)
     load_weights(model, checkpoint, path)
@@ -1961,7 +2001,8 @@ def demo(arguments: argparse.Namespace, model_class: type[nn.Module], config_cla
     if status:
         return status
     best = f"{config.checkpoint_dir}/best_model.pth"
-    evaluate(argparse.Namespace(checkpoint=best, settings={}), model_class, config_class)
+    here = {"results_dir": str(folder), "device": config.device}
+    evaluate(argparse.Namespace(checkpoint=best, settings=here), model_class, config_class)
     ours = json.loads((folder / "evaluation_results.json").read_text())
     return demo_table(config, folder, Path(ours["results_dir"]))
 
@@ -2001,12 +2042,21 @@ MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo}
 def main(
     argv: Sequence[str] | None = None, model_class: type[nn.Module] = ConditionalFlow, config_class: type[Config] = Config
 ) -> int:
-    """Run one mode; returns the exit status. Another model with the same interface brings its class and config."""
+    """Run one mode; returns the exit status.
+
+    Another model with the same interface (`losses`, `enhance`, optionally `likelihood`) brings its class and a subclass of
+    Config, whose file needs `from __future__ import annotations`, as its fields' types are read as text.
+    """
     try:
         arguments = parse_command_line(argv, config_class)
+        sources = [text for text in (arguments.config, arguments.resume, arguments.checkpoint, arguments.input) if text]
+        print(f"{arguments.mode}: {', '.join(sources) or 'default settings'}", flush=True)
         return MODES[arguments.mode](arguments, model_class, config_class)
     except UserError as mistake:
         return complain(mistake)
+    except KeyboardInterrupt:  # training catches its own; elsewhere nothing half-written is left behind
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,0 +1,495 @@
+"""Config keys, files, --set and the flags: everything is typed, checked and answered in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import model_script as ms
+
+PUBLISHED = {
+    "device": "cpu",
+    "use_amp": False,
+    "num_workers": 0,
+    "pin_memory": False,
+    "batch_size": 1,
+    "image_size": [128, 128],
+    "flow_channels": 96,
+    "num_flow_blocks": 2,
+    "learning_rate": 2e-4,
+    "val_freq": 1,
+    "save_freq": 1,
+    "num_epochs": 30,
+}
+FIELDS = {key.name: key for key in dataclasses.fields(ms.Config)}
+
+
+def apply(**settings: object) -> ms.Config:
+    return ms.apply_settings(ms.Config(), settings, "here")
+
+
+def refusal(**settings: object) -> str:
+    """The one line with which the settings are refused."""
+    with pytest.raises(ms.UserError) as caught:
+        apply(**settings)
+    return str(caught.value)
+
+
+def parse(*argv: str) -> dict[str, object]:
+    """The checked settings of a command line in train mode."""
+    return ms.parse_command_line(["--mode", "train", *argv]).settings
+
+
+def parse_refusal(*argv: str) -> str:
+    with pytest.raises(ms.UserError) as caught:
+        ms.parse_command_line(list(argv))
+    assert caught.value.status == 2
+    return str(caught.value)
+
+
+# keys -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_recipe_has_its_twelve_keys() -> None:
+    content = json.loads((ROOT / "cpu_train_config.json").read_text())
+    assert content == PUBLISHED
+    assert {name: type(value) for name, value in content.items()} == {n: type(v) for n, v in PUBLISHED.items()}
+    config = apply(**content)
+    assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    config = ms.Config()
+    for name, key in FIELDS.items():
+        assert ms.coerce(key, getattr(config, name), "default") == getattr(config, name)
+    ms.check_together(config, "default")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_key_is_documented_and_bounded(name: str) -> None:
+    key = FIELDS[name]
+    assert len(key.metadata["meaning"]) > 10
+    assert key.type in ("int", "float", "bool", "str", "list[int]", "list[float]")
+    low, high = key.metadata["low"], key.metadata["high"]
+    if key.type in ("bool", "str"):
+        assert low is high is None
+    else:
+        assert low < high
+        assert f"[{low:g}, {high:g}]" in ms.allowed(key)
+
+
+def test_defaults_are_not_shared() -> None:
+    ms.Config().image_size.append(1)
+    assert ms.Config().image_size == [128, 128]
+
+
+def test_help_shows_every_key_with_default_meaning_and_range(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ms.parse_command_line(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for name, key in FIELDS.items():
+        entry = f"  {name} = {json.dumps(getattr(ms.Config(), name))}\n      {key.metadata['meaning']} ({ms.allowed(key)})\n"
+        assert entry in shown + "\n"
+    for flag in ("--mode", "--config", "--set", "--checkpoint", "--resume", "--input", "--output"):
+        assert flag in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("bach_size", "batch_size"), ("learning_rat", "learning_rate"), ("imagesize", "image_size"), ("EPOCHS", None), ("", None)],
+)
+def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str | None) -> None:
+    line = refusal(**{name: 2})
+    assert line.startswith(f"here: unknown key {name}")
+    named = line.split("nearest is ")[1].split(" ")[0]
+    assert named == nearest if nearest else named in FIELDS
+    assert f"({ms.allowed(FIELDS[named])})" in line
+
+
+WRONG = {
+    "batch_size": ["1", 1.5, True, None, [1], {}, 0, 4097, -1, float("nan"), float("inf"), 10**400],
+    "learning_rate": ["0.1", True, None, [0.1], 0, 1.01, -1e-3, float("nan"), float("-inf"), 10**400],
+    "flips": [0, 1, "true", None, [True]],
+    "device": ["gpu", "CPU", 0, None, True, ["cpu"]],
+    "train_low_dir": [0, None, True, ["a"]],
+    "image_size": [
+        128,
+        "128,128",
+        [],
+        [128],
+        [128, 128, 3],
+        [128, 15],
+        [8193, 128],
+        [128, 64.5],
+        [128, "64"],
+        [True, 128],
+        None,
+    ],
+    "crop_scales": [1.0, [], [1.1], [-0.1], [float("nan")], ["1"], None],
+    "seed": [-1, 2**31],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pytest.param(name, value, id=f"{name}-{value!s:.20}") for name, values in WRONG.items() for value in values],
+)
+def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: object) -> None:
+    line = refusal(**{name: value})
+    assert line.startswith("here: ")
+    assert name in line
+    key = FIELDS[name]
+    told = [*(key.metadata["choices"] or ()), *([f"{key.metadata['high']:g}"] if key.metadata["high"] else ())]
+    assert all(word in line for word in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", 4.0, 4),
+        ("batch_size", 4096, 4096),
+        ("learning_rate", 1, 1.0),
+        ("learning_rate", 1e-8, 1e-8),
+        ("image_size", [16, 8192.0], [16, 8192]),
+        ("crop_scales", [0, 1], [0.0, 1.0]),
+        ("train_low_dir", "a b/c=d", "a b/c=d"),
+    ],
+)
+def test_right_values_are_typed(name: str, value: object, expected: object) -> None:
+    got = getattr(apply(**{name: value}), name)
+    assert got == expected
+    assert type(got) is type(expected)
+    if isinstance(expected, list):
+        assert [type(item) for item in got] == [type(item) for item in expected]
+
+
+@pytest.mark.parametrize("name", [name for name, key in FIELDS.items() if key.metadata["low"] is not None])
+def test_both_ends_of_every_range(name: str) -> None:
+    key = FIELDS[name]
+    low, high = key.metadata["low"], key.metadata["high"]
+    is_list = key.type.startswith("list")
+    for inside, beyond in ((low, low - 1), (high, high + 1)):
+        assert ms.coerce(key, [inside] if is_list else inside, "here") == ([inside] if is_list else inside)
+        with pytest.raises(ms.UserError, match=name):
+            ms.coerce(key, [beyond] if is_list else beyond, "here")
+
+
+def test_apply_settings_leaves_its_input_alone() -> None:
+    base = ms.Config()
+    assert ms.apply_settings(base, {"batch_size": 7}, "here").batch_size == 7
+    assert base.batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(image_size=[64]), "image_size"),
+        (dict(image_size=[64, 64, 3]), "image_size"),
+        (dict(crop_size=60), "crop_size"),
+        (dict(crop_size=24), "crop_size"),
+        (dict(thumbnail_size=40), "thumbnail_size"),
+        (dict(flow_channels=20), "flow_channels"),
+        (dict(val_low_dir="a"), "val_high_dir"),
+        (dict(val_high_dir="a"), "val_low_dir"),
+        (dict(val_fraction=0), "val_fraction"),
+        (dict(nll_weight=0, l1_weight=0, ssim_weight=0, colour_weight=0), "colour_weight"),
+        (dict(eval_size="small"), "eval_size"),
+    ],
+)
+def test_keys_that_do_not_go_together(settings: dict[str, object], words: str) -> None:
+    line = refusal(**settings)
+    assert line.startswith("here: ") and words in line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(crop_size=32),
+        dict(crop_size=0),
+        dict(thumbnail_size=48),
+        dict(flow_channels=8),
+        dict(val_low_dir="a", val_high_dir="b", val_fraction=0),
+        dict(nll_weight=0, l1_weight=0, ssim_weight=0),
+        dict(l1_weight=0, ssim_weight=0, colour_weight=0),
+    ],
+)
+def test_keys_that_go_together(settings: dict[str, object]) -> None:
+    config = apply(**settings)
+    assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+@pytest.mark.parametrize("flow_channels", [8, 16, 24, 40])
+def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
+    torch = ms.torch
+    model = ms.ConditionalFlow(apply(flow_channels=flow_channels, thumbnail_size=32)).eval()
+    with torch.no_grad():
+        assert model.enhance(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", None), ("native", None), ("128,64", (128, 64)), ("[128, 64]", (128, 64)), ("16,8192", (16, 8192))],
+)
+def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
+    assert ms.parse_eval_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "128",
+        "128,64,3",
+        "15,64",
+        "64,8193",
+        "64,",
+        "a,b",
+        "64.5,64",
+        "-64,64",
+        "²²,64",
+        pytest.param("64," + 5000 * "9", id="endless"),
+        "Auto",
+    ],
+)
+def test_parse_eval_size_refuses(text: str) -> None:
+    with pytest.raises(ms.UserError, match="eval_size must be auto, native or height,width"):
+        ms.parse_eval_size(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), (128, 128)),
+        (dict(image_size=[64, 96]), (64, 96)),
+        (dict(crop_size=64), None),
+        (dict(eval_size="native"), None),
+        (dict(eval_size="48,80", crop_size=64), (48, 80)),
+    ],
+)
+def test_evaluation_size(settings: dict[str, object], expected: tuple[int, int] | None) -> None:
+    assert ms.evaluation_size(apply(**settings)) == expected
+
+
+# config files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_file_is_read_and_overridden_by_set(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"batch_size": 4, "num_epochs": 3}')
+    assert parse("--config", str(path)) == {"batch_size": 4, "num_epochs": 3}
+    assert parse("--config", str(path), "--set", "batch_size=8", "--set", "seed=2") == {
+        "batch_size": 8,
+        "num_epochs": 3,
+        "seed": 2,
+    }
+
+
+BAD_FILES = {
+    "duplicate": (b'{"batch_size": 1, "seed": 2, "batch_size": 3}', "batch_size is given twice"),
+    "not json": (b"batch_size = 1", "not valid JSON"),
+    "empty": (b"", "not valid JSON"),
+    "trailing comma": (b'{"batch_size": 1,}', "not valid JSON"),
+    "list": (b'[{"batch_size": 1}]', "one JSON object"),
+    "number": (b"3", "one JSON object"),
+    "null": (b"null", "one JSON object"),
+    "binary": (b"\xff\xfe\x00\x89PNG", "not a text file"),
+    "unknown key": (b'{"bach_size": 1}', "the nearest is batch_size (an integer in [1, 4096])"),
+    "wrong type": (b'{"batch_size": "1"}', "batch_size must be an integer in [1, 4096]"),
+    "NaN": (b'{"learning_rate": NaN}', "learning_rate must be a number"),
+    "Infinity": (b'{"l1_weight": Infinity}', "l1_weight must be a number"),
+    "overflow": (b'{"l1_weight": 1e999}', "l1_weight must be a number"),
+    "long integer": (b'{"batch_size": 1' + b"0" * 400 + b"}", "batch_size must be an integer"),
+    "endless integer": (b'{"batch_size": 1' + b"0" * 6000 + b"}", ""),
+    "deep": (b"[" * 200_000, "not valid JSON"),
+    "cross-key": (b'{"crop_size": 33}', "crop_size must be 0 or a multiple of 8"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_config_files_are_named(tmp_path: Path, kind: str) -> None:
+    content, words = BAD_FILES[kind]
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    line = parse_refusal("--mode", "train", "--config", str(path))
+    assert line.startswith(f"{path}: ")
+    assert words in line
+
+
+def test_missing_config_files_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        assert str(path) in parse_refusal("--mode", "train", "--config", str(path))
+
+
+# --set ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batch_size=4", 4),
+        ("batch_size=+4", 4),
+        ("flips=true", True),
+        ("flips=False", False),
+        ("flips=TRUE", True),
+        ("image_size=128,64", [128, 64]),
+        ("image_size=[128, 64]", [128, 64]),
+        ("crop_scales=1,0.5", [1, 0.5]),
+        ("crop_scales=0.5", [0.5]),
+        ("exposure_gain=+0.5", 0.5),
+        ("learning_rate=2e-4", 2e-4),
+        ("learning_rate=1", 1.0),
+        ("checkpoint_dir=runs/a=b c", "runs/a=b c"),
+        ("checkpoint_dir=123", "123"),
+        ("checkpoint_dir=true", "true"),
+        ("val_low_dir=", ""),
+        ("eval_size=128,64", "128,64"),
+        ("device=cpu", "cpu"),
+    ],
+)
+def test_set_is_read_by_the_type_of_the_field(text: str, expected: object) -> None:
+    name = text.partition("=")[0]
+    value = parse("--set", text)[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_size", "write KEY=VALUE"),
+        ("batch_size=", "batch_size must be an integer in [1, 4096]"),
+        ("batch_size=four", "batch_size must be an integer in [1, 4096]"),
+        ("batch_size=true", "batch_size must be an integer"),
+        pytest.param("batch_size=1" + 400 * "0", "batch_size must be an integer", id="long integer"),
+        pytest.param("batch_size=1" + 6000 * "0", "batch_size must be an integer", id="endless integer"),
+        pytest.param("image_size=" + 50_000 * "[", "image_size must be a list of integers", id="deep"),
+        ("flips=yes", "flips must be true or false"),
+        ("flips=1", "flips must be true or false"),
+        ("learning_rate=nan", "learning_rate must be a number"),
+        ("learning_rate=NaN", "learning_rate must be a number"),
+        ("learning_rate=Infinity", "learning_rate must be a number"),
+        ("image_size=128", "image_size must be two integers"),
+        ("image_size=128x128", "image_size must be a list of integers"),
+        ("image_size=", "image_size must be a list of integers"),
+        ("device=gpu", "device must be one of auto, cpu, cuda, mps"),
+        ("on_bad_file=ignore", "on_bad_file must be one of error, skip"),
+        ("bach_size=2", "unknown key bach_size; the nearest is batch_size (an integer in [1, 4096])"),
+        ("=2", "unknown key"),
+        ("crop_size=12", "crop_size must be 0 or a multiple of 8"),
+    ],
+)
+def test_set_refuses_with_its_source(text: str, words: str) -> None:
+    line = parse_refusal("--mode", "train", "--set", text)
+    assert line.startswith("--set") and words in line
+
+
+def test_the_last_set_wins() -> None:
+    assert parse("--set", "seed=1", "--set", "seed=2") == {"seed": 2}
+
+
+def test_set_may_mend_what_two_keys_need_together() -> None:
+    assert parse("--set", "val_low_dir=a", "--set", "val_high_dir=b") == {"val_low_dir": "a", "val_high_dir": "b"}
+
+
+# flags ----------------------------------------------------------------------------------------------------------------
+
+NEEDED = {"train": [], "demo": [], "evaluate": ["checkpoint"], "enhance": ["checkpoint", "input", "output"]}
+TAKEN = {**NEEDED, "train": ["resume"]}
+FLAGS = ("checkpoint", "resume", "input", "output")
+
+
+def flags(*names: str) -> list[str]:
+    return [word for name in names for word in (f"--{name}", f"{name}.file")]
+
+
+@pytest.mark.parametrize("mode", NEEDED)
+def test_modes_take_what_they_need(mode: str) -> None:
+    arguments = ms.parse_command_line(["--mode", mode, *flags(*TAKEN[mode])])
+    assert {name: getattr(arguments, name) for name in FLAGS} == {
+        name: f"{name}.file" if name in TAKEN[mode] else None for name in FLAGS
+    }
+    assert arguments.settings == {}
+
+
+@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in NEEDED for name in FLAGS if name not in TAKEN[mode]])
+def test_flags_that_do_nothing_are_refused(mode: str, name: str) -> None:
+    line = parse_refusal("--mode", mode, *flags(*NEEDED[mode], name))
+    assert f"--{name} does nothing in --mode {mode}" in line
+
+
+@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in NEEDED for name in NEEDED[mode]])
+def test_missing_flags_are_named(mode: str, name: str) -> None:
+    line = parse_refusal("--mode", mode, *flags(*(other for other in NEEDED[mode] if other != name)))
+    assert f"--mode {mode} needs --{name}" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--mode"),
+        (["--mode", "fly"], "fly"),
+        (["--mode", "train", "--bogus"], "--bogus"),
+        (["--mode", "train", "--res", "x"], "--res"),  # no abbreviations
+        (["--mode", "train", "--config"], "--config"),
+        (["--mode", "train", "extra"], "extra"),
+    ],
+)
+def test_bad_command_lines(argv: list[str], words: str) -> None:
+    line = parse_refusal(*argv)
+    assert words in line and "--help" in line
+
+
+# before torch ---------------------------------------------------------------------------------------------------------
+
+
+def run_without_torch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The script from an empty working directory, in a world where importing torch, NumPy or Pillow fails."""
+    modules, work = folder / "modules", folder / "work"
+    for created in (modules, work):
+        created.mkdir()
+    for name in ("torch", "numpy", "PIL", "skimage"):
+        (modules / f"{name}.py").write_text('raise ImportError("heavy import")\n')
+    environment = {**os.environ, "PYTHONPATH": str(modules), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(ROOT / "model_script.py"), *argv]
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--mode", "train", "--set", "bach_size=2"], "the nearest is batch_size (an integer in [1, 4096])"),
+        (["--mode", "train", "--config", "missing.json"], "missing.json"),
+        (["--mode", "enhance"], "needs --checkpoint"),
+        (["--mode", "fly"], "fly"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(tmp_path: Path, argv: list[str], words: str) -> None:
+    done = run_without_torch(tmp_path, *argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("\n")
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_help_needs_no_torch_either(tmp_path: Path) -> None:
+    done = run_without_torch(tmp_path, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "batch_size = 1" in done.stdout
+
+
+def test_the_world_without_torch_is_real(tmp_path: Path) -> None:
+    """Guards the tests above: a right command line must trip over the failing imports."""
+    done = run_without_torch(tmp_path, "--mode", "train")
+    assert done.returncode == 1
+    assert "heavy import" in done.stderr

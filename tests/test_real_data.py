@@ -1,0 +1,94 @@
+"""On the real photographs, where they are at hand: the protocol, the split and a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+import model_script as ms
+
+DATA = Path(ms.__file__).resolve().parent.parent / "shared" / "data" / "eliei"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the photographs are not in ../shared/data/eliei")
+
+
+def configured(**changes: Any) -> ms.Config:
+    """The published protocol on the CPU, with a small network."""
+    folders = {
+        f"{part}_{kind}_dir": str(DATA / folder / kind)
+        for part, folder in (("train", "train"), ("eval", "eval_dev"))
+        for kind in ("low", "high")
+    }
+    return ms.apply_settings(ms.Config(), {"device": "cpu", "cache_megabytes": 0} | folders | changes, "test")
+
+
+@pytest.fixture(scope="module")
+def thumbnails() -> np.ndarray:
+    """The training targets at 16x16, without reading the dark photographs."""
+    pairs = ms.find_pairs(str(DATA / "train" / "low"), str(DATA / "train" / "high"), "train")
+    return np.stack([shrunk(pair.high, 16) for pair in pairs])
+
+
+def shrunk(path: Path, side: int) -> np.ndarray:
+    """(side, side, 3) uint8, as PairStore does it."""
+    return np.asarray(ms.Image.fromarray(ms.read_image(path)).resize((side, side), ms.Image.Resampling.BOX))
+
+
+def test_all_pairs_are_found() -> None:
+    lines: list[str] = []
+    pairs = ms.find_pairs(str(DATA / "train" / "low"), str(DATA / "train" / "high"), "train", lines.append)
+    assert len(pairs) == 236
+    assert not lines  # nobody lacks a partner
+    assert [pair.low.stem for pair in pairs] == [pair.high.stem for pair in pairs]
+    assert [int(pair.name) for pair in pairs] == sorted(int(pair.name) for pair in pairs)
+
+
+def test_the_split_keeps_scenes_together(thumbnails: np.ndarray) -> None:
+    for seed in (0, 1, 2):
+        config = configured(seed=seed)
+        training, validation = ms.split_by_scene(thumbnails, config)
+        assert sorted(training + validation) == list(range(len(thumbnails)))
+        assert 0.05 < len(validation) / len(thumbnails) < 0.25
+        assert not ms.find_twins(thumbnails[validation], thumbnails[training]).any()
+
+
+def test_a_few_steps_lower_the_loss() -> None:
+    settings = dict(flow_channels=16, num_flow_blocks=1, thumbnail_size=32, image_size=[64, 64], learning_rate=5e-3)
+    config = configured(**settings, flips=False, window_min=1.0, exposure_gain=0.0, channel_gain=0.0, global_dropout=0.0)
+    pairs = ms.find_pairs(config.train_low_dir, config.train_high_dir, "train")[:2]
+    store = ms.PairStore(pairs, config)
+    samples = ms.TrainingSamples(store, range(len(store)), config)
+    batch = ms.Sample(*default_collate([tuple(samples[0, place]) for place in range(len(samples))]))
+    torch.manual_seed(0)
+    model = ms.ConditionalFlow(config)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate)
+    losses = []
+    for _ in range(15):
+        loss = sum(model.losses(batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+
+
+def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 128x128 protocol: dark inputs are about 8.7 dB from their targets."""
+    monkeypatch.setattr(ms, "load_lpips", lambda: None)  # slow, and not asked for here
+    config = configured(cache_megabytes=1024)
+    assert ms.evaluation_size(config) == (128, 128)
+    store = ms.PairStore(ms.find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config)
+
+    class Untouched(torch.nn.Module):
+        def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
+            return low
+
+    scored = list(ms.score_pairs(Untouched(), store, config, ms.choose_runtime(config), [None] * len(store)))
+    assert len(scored) == len(store)
+    assert all(tuple(one.enhanced.shape) == (3, 128, 128) for one in scored)
+    assert float(np.mean([one.row["psnr"] for one in scored])) == pytest.approx(8.7, abs=1.5)
