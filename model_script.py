@@ -442,8 +442,8 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 def read_image(path: str | Path) -> np.ndarray:
     """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
 
-    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256 levels; 16-bit colour
-    loses its lower byte, as Pillow reads it.
+    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256
+    levels; 16-bit colour loses its lower byte, as Pillow reads it.
     Raises UserError naming the file when it is missing, empty, truncated, a decompression bomb or no picture.
     """
     try:
