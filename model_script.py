@@ -1969,7 +1969,7 @@ def demo_crops(name: str, count: int, side: int, recolour: bool, rng: np.random.
 def write_demo_pairs(folder: Path, config: Config) -> None:
     """Simulated pairs under folder/{train,eval}/{low,high}; training and evaluation show different photographs."""
     rng = np.random.default_rng(config.seed)
-    for part, names, count in (("train", DEMO_TRAIN, 12), ("eval", DEMO_TEST, 6)):
+    for part, names, count in (("train", DEMO_TRAIN, 36), ("eval", DEMO_TEST, 6)):
         for name in names:
             for place, high in enumerate(demo_crops(name, count, config.image_size[0], part == "train", rng)):
                 write_image(folder / part / "high" / f"{name}_{place}.png", Image.fromarray(high))
@@ -1992,7 +1992,7 @@ def demo(arguments: argparse.Namespace, model_class: type[nn.Module], config_cla
     small = {
         **{f"{part}_{kind}_dir": str(data / part / kind) for part in ("train", "eval") for kind in ("low", "high")},
         **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7, eval_size="auto"),
-        **dict(flow_channels=48, batch_size=4, learning_rate=2e-3, num_epochs=30, val_freq=10, save_freq=10, max_minutes=2.5),
+        **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8, max_minutes=2.9),
         **dict(
             checkpoint_dir=f"{base.checkpoint_dir}/{folder.name}", results_dir=str(folder), keep_checkpoints=1, init_from=""
         ),
