@@ -22,17 +22,25 @@ References
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import difflib
+import functools
+import glob
 import hashlib
+import io
+import itertools
 import json
+import logging
 import math
 import os
 import random
+import struct
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -44,6 +52,7 @@ from typing import Any, NamedTuple
 # Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and tests read it here.
 # ---------------------------------------------------------------------------------------------------------------------
 
+RELEASE = Path(__file__).resolve().parent / "checkpoints" / "best_model.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 FOLDER_KEYS = ("train_low_dir", "train_high_dir", "val_low_dir", "val_high_dir", "eval_low_dir", "eval_high_dir")
@@ -156,6 +165,16 @@ class Config:
     temperature: float = knob(
         0.0, "spread of the latent around its mean, in prior deviations; 0: the one best answer", low=0.0, high=10.0
     )
+    samples: int = knob(0, "enhance: alternatives to draw beside the best answer (temperature 1 where it is 0)", low=0, high=64)
+    uncertainty: bool = knob(
+        False, "enhance: also write the standard deviation over samples (over 16 where samples is below 2)"
+    )
+    exposure: float = knob(0.0, "enhance: brighten (or darken, below 0) the result, in stops", low=-6.0, high=6.0)
+    reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
+    overwrite: bool = knob(False, "enhance, folders: do again what is already done")
+    quality: int = knob(95, "enhance: quality of JPEG and WebP files", low=1, high=100)
+    tile_size: int = knob(0, "enhance: side of a large picture's tiles, a multiple of 8; 0: by memory", low=0, high=65536)
+    memory_megabytes: int = knob(600, "enhance: memory for the work on one tile", low=64, high=1_000_000)
     # output
     checkpoint_dir: str = knob("checkpoints", "where weights go")
     log_dir: str = knob("logs", "where TensorBoard logs go")
@@ -235,6 +254,8 @@ def check_together(config: Config, source: str) -> None:
         raise UserError(f"{source}: val_fraction must be above 0 unless val_low_dir and val_high_dir name a validation set")
     if config.nll_weight == config.l1_weight == config.ssim_weight == config.colour_weight == 0:
         raise UserError(f"{source}: one of nll_weight, l1_weight, ssim_weight and colour_weight must be above 0")
+    if config.tile_size % 8 or 0 < config.tile_size < 64:
+        raise UserError(f"{source}: tile_size must be 0 or a multiple of 8 in [64, 65536], got {config.tile_size}")
     parse_eval_size(config.eval_size, source)
 
 
@@ -299,6 +320,8 @@ examples
   resume     python model_script.py --mode train    --resume checkpoints/checkpoint_epoch_7.pth
   evaluate   python model_script.py --mode evaluate --checkpoint checkpoints/best_model.pth --config cpu_train_config.json
   enhance    python model_script.py --mode enhance  --checkpoint checkpoints/best_model.pth --input low.jpg --output out.jpg
+  folder     python model_script.py --mode enhance  --checkpoint checkpoints/best_model.pth --input photos --output enhanced
+  export     python model_script.py --mode export   --checkpoint checkpoints/best_model.pth --output enhancer.onnx
   demo       python model_script.py --mode demo     --config cpu_train_config.json
   curves     tensorboard --logdir logs
 """
@@ -329,17 +352,22 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", required=True, choices=("train", "evaluate", "enhance", "demo"))
+    parser.add_argument("--mode", required=True, choices=("train", "evaluate", "enhance", "demo", "export"))
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the keys below")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate or enhance with")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to use; default: the released ones beside this script")
     parser.add_argument("--resume", metavar="FILE", help="train: go on from this checkpoint_epoch_N.pth")
-    parser.add_argument("--input", metavar="FILE", help="enhance: the dark picture")
-    parser.add_argument("--output", metavar="FILE", help="enhance: where the enhanced picture goes; the suffix sets the format")
+    parser.add_argument("--input", metavar="FILE", help="enhance: the dark picture, a folder of them, or a pattern in quotes")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="enhance: the enhanced picture, whose suffix sets the format, or a folder; export: the .onnx file",
+    )
     arguments = parser.parse_args(argv)
 
-    needs = {"evaluate": ("checkpoint",), "enhance": ("checkpoint", "input", "output")}
-    takes = {"train": ("resume",), **needs}
+    needs = {"enhance": ("input", "output"), "export": ("output",)}
+    takes = {"train": ("resume",), "evaluate": ("checkpoint",), "enhance": ("checkpoint", "input", "output")}
+    takes |= {"export": ("checkpoint", "output")}
     for name in ("checkpoint", "resume", "input", "output"):
         given = getattr(arguments, name) is not None
         if given and name not in takes.get(arguments.mode, ()):
@@ -352,6 +380,8 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
     settings |= typed_settings(default, overrides, "--set")
     check_together(dataclasses.replace(default, **settings), "--set" if overrides else source)
     arguments.settings = settings
+    if arguments.checkpoint is None and "checkpoint" in takes.get(arguments.mode, ()):
+        arguments.checkpoint = str(RELEASE)
     return arguments
 
 
@@ -381,6 +411,7 @@ from tqdm import tqdm  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".webm", ".avi")
 
 
 @contextmanager
@@ -421,6 +452,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """`content` as a file."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
     """A PIL picture or a (3, H, W) tensor in [0, 1], rounded to the nearest of 256 levels; the suffix sets the format."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(to_uint8(image))
@@ -434,30 +471,33 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def to_uint16(image: Tensor) -> np.ndarray:
+    """(H, W, 3) uint16 of a (3, H, W) tensor in [0, 1], rounded to nearest."""
+    return (image.detach().float().clamp(0, 1) * 65535).round().permute(1, 2, 0).cpu().numpy().astype(np.uint16)
+
+
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(3, H, W) float in [0, 1] of an (H, W, 3) uint8 array."""
-    return torch.tensor(pixels).permute(2, 0, 1).float() / 255
+    """(3, H, W) float in [0, 1] of an (H, W, 3) uint8 or uint16 array."""
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / float(np.iinfo(pixels.dtype).max)
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
+Source = str | Path | io.BytesIO  # a file, or one in memory, which has no name
 
-    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256
-    levels; 16-bit colour loses its lower byte, as Pillow reads it.
+
+@contextmanager
+def opened(source: Source) -> Iterator[Image.Image]:
+    """The picture, open for decoding inside the block.
+
     Raises UserError naming the file when it is missing, empty, truncated, a decompression bomb or no picture.
     """
+    path = "the picture" if isinstance(source, io.BytesIO) else source
     try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: the file is empty; replace it or remove the pair")
-        with Image.open(path) as picture:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
-                grey = np.asarray(picture).astype(np.float64) / 257
-                picture = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
-            elif picture.mode == "F":
+        if (len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)) == 0:
+            raise UserError(f"{path}: the file is empty; replace it or remove it")
+        with Image.open(source) as picture:
+            if picture.mode == "F":
                 raise UserError(f"{path}: floating-point pictures have no agreed white; convert it to 8 or 16 bits")
-            return np.array(picture.convert("RGB"))
+            yield picture
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -465,8 +505,152 @@ def read_image(path: str | Path) -> np.ndarray:
     except OSError as error:  # covers FileNotFoundError, UnidentifiedImageError and truncated data
         reason = error.strerror or ("truncated" if "truncated" in str(error) else "not a readable picture")
         raise UserError(f"{path}: cannot read the picture ({reason}); replace it or remove it") from None
-    except (SyntaxError, ValueError, EOFError, IndexError, OverflowError, TypeError, KeyError) as error:
+    except (SyntaxError, ValueError, EOFError, IndexError, OverflowError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: broken picture ({type(error).__name__}); replace it or remove it") from None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
+
+    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256
+    levels; 16-bit colour loses its lower byte, as Pillow reads it. Raises UserError naming the file, see `opened`.
+    """
+    with opened(path) as picture:
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
+            grey = np.asarray(picture).astype(np.float64) / 257
+            picture = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+        return np.array(picture.convert("RGB"))
+
+
+class Picture(NamedTuple):
+    """A picture to enhance, with what its file holds beside the colours and the enhanced one keeps.
+
+    pixels: (H, W, 3) uint8 or uint16 RGB, upright; alpha: (H, W) of the same type, or None; exif, icc: raw bytes, empty
+    where there are none; note: what was converted, for the user to know.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    exif: bytes = b""
+    icc: bytes = b""
+    note: str = ""
+
+
+ORIENTATION = 0x0112  # the EXIF tag
+# what a TIFF file lists as EXIF but says of its own pixels: size, depth, compression, strips, tiles, channels, profile
+LAYOUT_TAGS = {*range(254, 267), 273, ORIENTATION, *range(277, 280), 284, 317, *range(320, 326), 338, 339, 347, 700, 34675}
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what makes a picture of that orientation upright
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: np.swapaxes(pixels, 0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.swapaxes(np.rot90(pixels, 2), 0, 1),
+    8: np.rot90,
+}
+
+
+def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
+    """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before `picture` is decoded."""
+    if picture.mode.startswith("I"):
+        return np.clip(np.asarray(picture).astype(np.int64), 0, 65535).astype(np.uint16)[..., None]
+    if picture.format == "PNG" and any("16" in str(tile[3]) for tile in picture.tile):  # Pillow would keep 8 of the 16 bits
+        try:
+            from torchvision.io import decode_image  # two seconds to import
+        except ImportError:  # deprecated since torchvision 0.29; without it Pillow's 8 bits have to do
+            return None
+        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of that deprecation
+            return decode_image(encoded).permute(1, 2, 0).numpy()
+    if picture.format == "TIFF" and 16 in np.atleast_1d(picture.tag_v2.get(258, 8)):
+        import tifffile  # comes with scikit-image
+
+        try:
+            pixels = tifffile.imread(source)
+        except ValueError as error:  # a compression that needs a package
+            raise UserError(f"{source}: {error}") from None
+        return np.moveaxis(pixels, 0, -1) if pixels.shape[0] in (3, 4) and pixels.shape[-1] not in (3, 4) else pixels
+    return None
+
+
+def read_picture(source: Source) -> Picture:
+    """The picture at full depth, upright, with alpha, EXIF (its orientation reset) and colour profile.
+
+    Grey is repeated over the channels, palettes are looked up, CMYK is converted. Raises UserError naming the file for
+    what `opened` refuses, for animations and for sides below 16 pixels.
+    """
+    path = "the picture" if isinstance(source, io.BytesIO) else source
+    with opened(source) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format != "MPO":  # a phone's JPEG with a preview is no animation
+            raise UserError(f"{path}: holds {frames} frames; save them as single pictures")
+        if min(picture.size) < 16:
+            raise UserError(f"{path}: {picture.width}x{picture.height} is too small; the least side is 16")
+        pixels, exif = read_deep(source, picture), picture.getexif()
+        turn = TURNS.get(exif.get(ORIENTATION, 1), np.asarray)
+        for tag in LAYOUT_TAGS & set(exif):
+            del exif[tag]
+        grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
+        foreign = picture.mode in ("CMYK", "YCCK", "LAB", "HSV")
+        note = "grey: its colours are a guess" if grey else f"converted from {picture.mode}" if foreign else ""
+        if pixels is None:
+            alpha = "A" in picture.mode or "transparency" in picture.info
+            pixels = np.array(picture.convert("RGBA" if alpha else "RGB"))
+        elif pixels.shape[-1] < 3:
+            pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
+        pixels = turn(pixels)
+        return Picture(
+            np.ascontiguousarray(pixels[..., :3]),
+            np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None,
+            exif.tobytes() if len(exif) else b"",
+            b"" if grey or foreign else picture.info.get("icc_profile") or b"",  # a profile of other channels would lie
+            note,
+        )
+
+
+def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:
+    """A file of (H, W, 3) uint8 or uint16 pixels, with the alpha, EXIF and profile of `like` as far as the format holds them.
+
+    uint16 needs the suffix .png, .tif or .tiff. `quality` is that of JPEG and WebP.
+    """
+    if like.alpha is not None and suffix not in (".jpg", ".jpeg", ".bmp"):
+        scale = np.iinfo(pixels.dtype).max / np.iinfo(like.alpha.dtype).max
+        pixels = np.dstack([pixels, np.rint(like.alpha * scale).astype(pixels.dtype)])
+    if pixels.dtype == np.uint16 and suffix == ".png":
+        return encode_png16(pixels, like)
+    encoded = io.BytesIO()
+    if pixels.dtype == np.uint16:
+        import tifffile
+
+        deep = dict(photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None)
+        tifffile.imwrite(encoded, pixels, extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None, **deep)
+    else:
+        extras: dict[str, Any] = {"exif": like.exif} if like.exif else {}
+        extras |= {"icc_profile": like.icc} if like.icc else {}
+        extras |= {"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}
+        Image.fromarray(pixels).save(encoded, Image.registered_extensions()[suffix], **extras)
+    return encoded.getvalue()
+
+
+def encode_png16(pixels: np.ndarray, like: Picture) -> bytes:
+    """A 16-bit PNG of (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint16; no library of the seven writes colour so deep."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    colour_type = {2: 0, 3: {3: 2, 4: 6}.get(pixels.shape[-1])}[pixels.ndim]
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    step = 2 * pixels[0, 0].size
+    rows = np.hstack([np.ones((height, 1), np.uint8), rows[:, :step], rows[:, step:] - rows[:, :-step]])  # the filter "sub"
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    parts += [chunk(b"iCCP", b"icc\0\0" + zlib.compress(like.icc))] if like.icc else []
+    parts += [chunk(b"eXIf", like.exif.removeprefix(b"Exif\0\0"))] if like.exif else []
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IDAT", zlib.compress(rows.tobytes(), 4)), chunk(b"IEND", b"")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -958,6 +1142,17 @@ class LocalBranch(nn.Module):
         return x1, x2, self.residual(F.silu(x1))
 
 
+class Survey(NamedTuple):
+    """What the global branch says of a whole picture, from its thumbnail (B, 3, t, t).
+
+    brightness: (B, 1, 1, 1), its mean; grid: (B, C, t/4, t/4), features; colour: (B, 3, t/4, t/4), in the flow's space.
+    """
+
+    brightness: Tensor
+    grid: Tensor
+    colour: Tensor
+
+
 class Condition(NamedTuple):
     """All that the flow knows of `low`: prior_mean in the latent's layout (B, 48, H/4, W/4), features at 1/2 and 1/4."""
 
@@ -1004,14 +1199,28 @@ class ConditionalFlow(nn.Module):
         self.flow = Flow(config.num_flow_blocks, config.flow_channels, width, 2 * width)
         self.log_sigma = nn.Parameter(torch.tensor(math.log(0.5)))
 
-    def condition(self, low: Tensor, thumbnail: Tensor, box: Tensor) -> Condition:
-        """What the flow is told. `low` (B, 3, H, W), sides multiples of 8; see Sample for thumbnail and box."""
+    @property
+    def reach(self) -> int:
+        """Pixels beyond which nothing of `low` but its survey can change an output: the halo of a tile, a multiple of 8.
+
+        The sum of every 3x3 convolution's stride from output to input; 7 for tiles that start within a block of 8.
+        """
+        flow = 2 * (2 + 4) * self.config.num_flow_blocks
+        half, quarter, eighth = 2 * (1 + 4 + 1 + 3), 4 * (2 + 1 + 2), 8 * (1 + 4)
+        return math.ceil((flow + half + quarter + eighth + 7) / 8) * 8
+
+    def survey(self, thumbnail: Tensor) -> Survey:
+        """The global branch's view of whole pictures, of which only thumbnails (B, 3, t, t) are needed."""
         brightness = thumbnail.mean((1, 2, 3), keepdim=True).clamp(min=1 / 255)
-        height, width = low.shape[-2:]
         grid, colour = self.global_branch(thumbnail, brightness)
-        colour = sample_grid(colour.to(low.dtype), box, (height, width))
-        grid = sample_grid(grid.to(low.dtype), box, (height // 4, width // 4))
-        half, quarter, residual = self.local_branch(low, brightness, grid, colour)
+        return Survey(brightness, grid.to(thumbnail.dtype), colour.to(thumbnail.dtype))
+
+    def condition(self, low: Tensor, survey: Survey, box: Tensor) -> Condition:
+        """What the flow is told of `low` (B, 3, H, W), sides multiples of 8, that lies at `box` (B, 4) of what was surveyed."""
+        height, width = low.shape[-2:]
+        colour = sample_grid(survey.colour, box, (height, width))
+        grid = sample_grid(survey.grid, box, (height // 4, width // 4))
+        half, quarter, residual = self.local_branch(low, survey.brightness, grid, colour)
         mean = F.pixel_unshuffle(colour, 2) + residual.to(low.dtype)
         return Condition(F.pixel_unshuffle(mean, 2), (half, quarter))
 
@@ -1028,7 +1237,8 @@ class ConditionalFlow(nn.Module):
     def losses(self, batch: Sample) -> dict[str, Tensor]:
         """Named, weighted terms of the training loss, scalars; terms of weight 0 are not computed."""
         config, (height, width) = self.config, batch.high.shape[-2:]
-        condition = self.condition(pad_to_multiple(batch.low), batch.thumbnail, padded_box(batch.box, height, width))
+        survey = self.survey(batch.thumbnail)
+        condition = self.condition(pad_to_multiple(batch.low), survey, padded_box(batch.box, height, width))
         terms: dict[str, Tensor] = {}
         if config.nll_weight:
             bits = self._bits(batch.high, condition)[0]
@@ -1046,9 +1256,10 @@ class ConditionalFlow(nn.Module):
     def _bits(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), standardised latent) of `high`, cut to multiples of 4 so that padding never counts."""
         height, width = high.shape[-2] // 4 * 4, high.shape[-1] // 4 * 4
-        cut = Condition(
-            condition.prior_mean[..., : height // 4, : width // 4],
-            (condition.features[0][..., : height // 2, : width // 2], condition.features[1][..., : height // 4, : width // 4]),
+        half, quarter = condition.features
+        cut = condition._replace(
+            prior_mean=condition.prior_mean[..., : height // 4, : width // 4],
+            features=(half[..., : height // 2, : width // 2], quarter[..., : height // 4, : width // 4]),
         )
         high = high[..., :height, :width]
         log_likelihood, latent = self.log_likelihood(high, cut, torch.rand_like(high))
@@ -1057,7 +1268,7 @@ class ConditionalFlow(nn.Module):
     def _condition_whole(self, low: Tensor) -> Condition:
         size = self.config.thumbnail_size
         box = padded_box(torch.tensor([WHOLE_BOX], device=low.device).expand(len(low), 4), *low.shape[-2:])
-        return self.condition(pad_to_multiple(low), resize(low, (size, size)), box)
+        return self.condition(pad_to_multiple(low), self.survey(resize(low, (size, size))), box)
 
     def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), standardised latent) of whole pictures `high` given `low`, each (B, 3, H, W) in [0, 1]."""
@@ -1892,25 +2103,363 @@ def print_summary(summary: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def srgb_to_linear(value: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1, [0, 1] to linear light in [0, 1]."""
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(value: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1, linear light in [0, 1] to [0, 1]."""
+    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.clip(value, 0.0031308, 1) ** (1 / 2.4) - 0.055)
+
+
+def exposed(stops: float) -> np.ndarray:
+    """(65536,) in [0, 1]: what each 16-bit level becomes when `stops` more light, in powers of two, had fallen on it."""
+    return linear_to_srgb(np.minimum(srgb_to_linear(np.arange(65536) / 65535) * 2.0**stops, 1.0))
+
+
+def level_table(stops: float, deep: bool) -> np.ndarray:
+    """(65536,) the final level, uint16 where `deep`, else uint8, of each 16-bit level, at `stops` more light."""
+    values = exposed(stops) if stops else np.arange(65536) / 65535
+    return np.rint(values * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
+
+
+def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
+    """The exposure in [-6, 6] stops at which uint16 `pixels` have the mean brightness `mean` in [0, 1], by bisection."""
+    share = np.bincount(pixels.ravel(), minlength=65536) / pixels.size
+    low, high = -6.0, 6.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share @ exposed(middle) < mean else (low, middle)
+    return (low + high) / 2
+
+
+class Tile(NamedTuple):
+    """A part of a picture: what it is responsible for, and that with its halo, as (top, bottom, left, right) in pixels."""
+
+    core: tuple[int, int, int, int]
+    outer: tuple[int, int, int, int]
+
+
+def plan_tiles(height: int, width: int, side: int, halo: int) -> list[Tile]:
+    """Equal tiles of at most `side`, a multiple of 8, that cover the picture; one where picture and tile are of a size."""
+
+    def cuts(length: int) -> list[tuple[int, int]]:
+        step = math.ceil(length / math.ceil(length / side) / 8) * 8
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    return [
+        Tile(
+            (top, bottom, left, right),
+            (max(0, top - halo), min(height, bottom + halo), max(0, left - halo), min(width, right + halo)),
+        )
+        for top, bottom in cuts(height)
+        for left, right in cuts(width)
+    ]
+
+
+def tile_side(model: nn.Module, config: Config, runtime: Runtime) -> int:
+    """The largest tile whose work, halo included, fits in memory_megabytes; `tile_size` where the config names one."""
+    if config.tile_size:
+        return config.tile_size
+    bytes_per_pixel = (600 if runtime.dtype != torch.float32 else 1000) + 12 * config.flow_channels  # measured, and rounded up
+    return max(64, (math.isqrt(config.memory_megabytes * 2**20 // bytes_per_pixel) - 2 * model.reach) // 8 * 8)
+
+
+def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
+    """`resize` of an (H, W, 3) picture to (1, 3, size, size), in bands: no float copy of a large picture is made."""
+    bands = [to_tensor(pixels[top : top + 256])[None] for top in range(0, len(pixels), 256)]
+    narrow = torch.cat([resize(band, (band.shape[-2], size)) for band in bands], dim=-2)
+    return resize(narrow, (size, size))
+
+
+NOISE_BLOCK = 64
+
+
+def latent_noise(seed: Sequence[int], top: int, left: int, height: int, width: int) -> Tensor:
+    """(1, 48, height, width) standard normal values of an endless field, from latent position (top, left) on.
+
+    Whatever the tiles, a position has the same value: the field is made of blocks, each seeded by its place.
+    """
+    n = NOISE_BLOCK
+    rows = [
+        np.concatenate(
+            [
+                np.random.default_rng((*seed, y, x)).standard_normal((48, n, n), dtype=np.float32)
+                for x in range(left // n, (left + width - 1) // n + 1)
+            ],
+            axis=2,
+        )
+        for y in range(top // n, (top + height - 1) // n + 1)
+    ]
+    field = np.concatenate(rows, axis=1)[:, top % n : top % n + height, left % n : left % n + width]
+    return torch.from_numpy(np.ascontiguousarray(field))[None]
+
+
+class Enhanced(NamedTuple):
+    """(H, W, 3) uint16 pictures, and the deviation over samples (H, W) in [0, 1], the root of its mean square over channels."""
+
+    best: np.ndarray
+    samples: list[np.ndarray]
+    deviation: np.ndarray | None
+
+
 @torch.no_grad()
-def enhance(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
-    """--mode enhance: one picture at its own resolution."""
-    source, target = Path(arguments.input), Path(arguments.output)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output {target}: the suffix must be one of {', '.join(SUFFIXES)}")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"--output {target}: is the input itself; choose another name")
-    pixels = read_image(source)
-    if min(pixels.shape[:2]) < 16:
-        raise UserError(f"{source}: {pixels.shape[1]}x{pixels.shape[0]} is too small; the least side is 16")
-    model, config, runtime, _ = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
-    torch.manual_seed(config.seed)
+def enhance_pixels(
+    model: nn.Module, pixels: np.ndarray, config: Config, runtime: Runtime, survey: Survey | None = None
+) -> Enhanced:
+    """Enhance (H, W, 3) uint8 or uint16 pixels of any size, in tiles where they are many, and draw what the config asks for.
+
+    Tiles overlap by the model's reach and share one survey of the whole picture, so that no seam can show. A model without
+    `reach` sees the picture whole. `survey` replaces the picture's own.
+    """
+    height, width = pixels.shape[:2]
+    wanted = config.samples if config.samples > 1 or not config.uncertainty else 16
+    temperature = config.temperature or (1.0 if wanted else 0.0)
+    best, deviation = np.empty((height, width, 3), np.uint16), np.empty((height, width), np.float32)
+    samples = [np.empty_like(best) for _ in range(config.samples)]
+    tiled = hasattr(model, "reach")
+    if tiled and survey is None:
+        with runtime.autocast():
+            survey = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
+    halo, side = (model.reach, tile_side(model, config, runtime)) if tiled else (0, max(height, width))
+    for core, outer in plan_tiles(height, width, side, halo):
+        low = to_tensor(pixels[outer[0] : outer[1], outer[2] : outer[3]])[None].to(runtime.device)
+        here = (slice(*core[:2]), slice(*core[2:]))
+        inside = (0, slice(None), slice(core[0] - outer[0], core[1] - outer[0]), slice(core[2] - outer[2], core[3] - outer[2]))
+        with runtime.autocast():
+            if tiled:
+                draw = tile_decoder(model, low, survey, outer, (height, width), config.seed)
+            else:
+                draw = whole_decoder(model, low, config.seed)
+            best[here] = to_uint16(draw(0, 0.0 if wanted else temperature)[inside])
+            drawn = [draw(number + 1, temperature)[inside] for number in range(wanted)]
+        for sample, picture in zip(samples, drawn, strict=False):
+            sample[here] = to_uint16(picture)
+        if config.uncertainty:
+            deviation[here] = torch.stack(drawn).float().var(0).mean(0).sqrt().cpu().numpy()
+    return Enhanced(best, samples, deviation if config.uncertainty else None)
+
+
+def tile_decoder(
+    model: nn.Module, low: Tensor, survey: Survey, outer: Sequence[int], size: Sequence[int], seed: int
+) -> Callable[[int, float], Tensor]:
+    """A function of sample number and temperature that gives the enhanced tile (1, 3, h, w); it looks at `low` only once."""
+    (top, bottom, left, right), (height, width) = outer, size
+    box = torch.tensor([[left / width, top / height, right / width, bottom / height]], device=low.device)
+    condition = model.condition(pad_to_multiple(low), survey, padded_box(box, bottom - top, right - left))
+
+    def draw(number: int, temperature: float) -> Tensor:
+        latent = condition.prior_mean
+        if temperature:
+            noise = latent_noise((seed, number), top // 4, left // 4, *latent.shape[-2:]).to(latent.device)
+            latent = latent + temperature * model.log_sigma.exp() * noise
+        return model.decode(latent, condition)[..., : bottom - top, : right - left]
+
+    return draw
+
+
+def whole_decoder(model: nn.Module, low: Tensor, seed: int) -> Callable[[int, float], Tensor]:
+    """The same for a model that knows no tiles."""
+
+    def draw(number: int, temperature: float) -> Tensor:
+        torch.manual_seed(seed + number)
+        return model.enhance(low, temperature)
+
+    return draw
+
+
+HEAT = np.array([[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 255, 255]], np.float64)
+
+
+def heat_map(deviation: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th percentile."""
+    place = np.clip(deviation / max(float(np.percentile(deviation, 99.5)), 1e-9), 0, 1) * (len(HEAT) - 1)
+    return np.rint(np.dstack([np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)])).astype(np.uint8)
+
+
+def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
+    """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg', means.
+
+    Folders are searched to any depth and mirrored under `output`. Raises UserError when there is none.
+    """
+    target = Path(output)
+    if os.path.isdir(given):
+        root, found = Path(given), sorted(Path(given).rglob("*"))
+    else:
+        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(given).parts))
+        root, found = Path(*fixed), sorted(map(Path, glob.glob(given, recursive=True)))
+    if (target.exists() and not target.is_dir()) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
+        raise UserError(f"--output {target}: {given} means many pictures, so name a folder")
+    inside = target.resolve()
+    if inside == root.resolve():
+        raise UserError(f"--output {target}: is the input folder itself; choose another")
+    known = SUFFIXES + VIDEO_SUFFIXES
+    files = [path for path in found if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents]
+    if not files:
+        raise UserError(f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}")
+    return [(path, target / path.relative_to(root)) for path in files]
+
+
+def enhance_file(
+    source: Path, target: Path, model: nn.Module, config: Config, runtime: Runtime, brightness: float | None
+) -> dict[str, Any]:
+    """Enhance one picture and write what the config asks for; returns its row of enhance.csv. Raises UserError.
+
+    `brightness` is the mean that the result takes, None to leave it. The picture itself is written last: where it is, all is.
+    """
     started = time.perf_counter()
-    with runtime.autocast():
-        enhanced = model.enhance(to_tensor(pixels)[None].to(runtime.device), config.temperature)[0]
-    seconds = time.perf_counter() - started
-    write_image(target, enhanced)
-    print(f"{target}: {pixels.shape[1]}x{pixels.shape[0]}, {seconds:.2f} s on {runtime}")
+    picture = read_picture(source)
+    enhanced = enhance_pixels(model, picture.pixels, config, runtime)
+    deep = picture.pixels.dtype == np.uint16 and target.suffix.lower() in (".png", ".tif", ".tiff")
+    stops = config.exposure + (stops_to_mean(enhanced.best, brightness) if brightness is not None else 0.0)
+    table = level_table(stops, deep)
+    encode = functools.partial(encode_picture, suffix=target.suffix.lower(), like=picture, quality=config.quality)
+    for number, sample in enumerate(enhanced.samples, 1):
+        write_bytes(target.with_stem(f"{target.stem}_sample{number}"), encode(table[sample]))
+    row = {"file": str(source), "output": str(target), "width": picture.pixels.shape[1], "height": picture.pixels.shape[0]}
+    if enhanced.deviation is not None:
+        map16 = np.rint(np.clip(enhanced.deviation, 0, 1) * 65535).astype(np.uint16)
+        write_bytes(target.with_name(f"{target.stem}_uncertainty.png"), encode_png16(map16, Picture(map16)))
+        write_image(target.with_name(f"{target.stem}_uncertainty_view.png"), Image.fromarray(heat_map(enhanced.deviation)))
+    after = table[enhanced.best]
+    write_bytes(target, encode(after))
+    row |= {
+        "seconds": round(time.perf_counter() - started, 3),
+        "brightness_before": round(float(picture.pixels.mean()) / np.iinfo(picture.pixels.dtype).max, 5),
+        "brightness_after": round(float(after.mean()) / np.iinfo(after.dtype).max, 5),
+        "deviation": "" if enhanced.deviation is None else round(float(enhanced.deviation.mean()), 5),
+        "note": picture.note,
+    }
+    return row
+
+
+def smooth_survey(old: Survey | None, now: Survey, rate: float) -> Survey:
+    """A running mean of surveys, so that a clip does not flicker; a cut to another scene starts it afresh."""
+    if old is None or abs(float((now.brightness / old.brightness).log2().mean())) > 0.5:
+        return now
+    return Survey(*(torch.lerp(before, after, rate) for before, after in zip(old, now, strict=True)))
+
+
+def enhance_video(
+    source: Path, target: Path, model: nn.Module, config: Config, runtime: Runtime, brightness: float | None
+) -> dict[str, Any]:
+    """Enhance every frame of a clip, with its sound; returns its row of enhance.csv. Raises UserError.
+
+    The global branch's view is averaged over half a second: brightness and white balance follow the scene, not the noise.
+    The result is H.264; an odd side loses a row or column.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"{source}: clips need the optional package av; run pip install av") from None
+    if not hasattr(model, "survey"):
+        raise UserError(f"{source}: this model has no survey to smooth over time; give it single pictures")
+    started, frames, before, after = time.perf_counter(), 0, 0.0, 0.0
+    survey, stops = None, config.exposure
+    try:
+        with atomic_path(target) as temporary, av.open(str(source)) as reading, av.open(str(temporary), "w") as writing:
+            if not reading.streams.video:
+                raise UserError(f"{source}: holds no moving picture")
+            pictures, sounds = reading.streams.video[0], reading.streams.audio[:1]
+            rate = pictures.average_rate or 25
+            encoder = None
+            copies = [writing.add_stream_from_template(sound) for sound in sounds]
+            for packet in reading.demux(pictures, *sounds):
+                if packet.stream is not pictures:
+                    if packet.dts is not None:
+                        packet.stream = copies[0]
+                        writing.mux(packet)
+                    continue
+                for frame in packet.decode():
+                    pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                    pixels = pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2]
+                    if min(pixels.shape[:2]) < 16:
+                        raise UserError(f"{source}: {frame.width}x{frame.height} is too small; the least side is 16")
+                    with torch.no_grad(), runtime.autocast():
+                        now = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
+                    survey = smooth_survey(survey, now, 1 - math.exp(-2 / float(rate)))
+                    enhanced = enhance_pixels(model, pixels, config, runtime, survey).best
+                    if brightness is not None and not frames:
+                        stops = config.exposure + stops_to_mean(enhanced, brightness)
+                    levels = level_table(stops, deep=False)[enhanced]
+                    if encoder is None:
+                        encoder = writing.add_stream("libx264", rate=rate, options={"crf": "16"})
+                        encoder.height, encoder.width, encoder.pix_fmt = *pixels.shape[:2], "yuv420p"
+                    out = av.VideoFrame.from_ndarray(levels, format="rgb24")
+                    out.pts, out.time_base = frame.pts, frame.time_base
+                    writing.mux(encoder.encode(out))
+                    frames, before, after = frames + 1, before + pixels.mean() / 255, after + levels.mean() / 255
+            if encoder is None:
+                raise UserError(f"{source}: holds no frame that can be read")
+            writing.mux(encoder.encode())
+    except av.FFmpegError as error:
+        raise UserError(f"{source}: cannot read or write the clip ({error.strerror})") from None
+    return {
+        **{"file": str(source), "output": str(target), "width": pixels.shape[1], "height": pixels.shape[0]},
+        **{"seconds": round(time.perf_counter() - started, 3)},
+        **{"brightness_before": round(before / frames, 5), "brightness_after": round(after / frames, 5)},
+        **{"deviation": "", "note": f"{frames} frames"},
+    }
+
+
+def enhance_folder(
+    jobs: Sequence[tuple[Path, Path]], folder: Path, work: Callable[[Path, Path], dict[str, Any]], again: bool
+) -> int:
+    """Do every job that is not done, or every one `again`; enhance.csv in `folder` keeps a row of each. 1 if any failed."""
+    table = folder / "enhance.csv"
+    rows: dict[str, dict[str, Any]] = {}
+    if table.exists():
+        with open(table, newline="", encoding="utf-8") as stream:
+            rows = {row["file"]: row for row in csv.DictReader(stream) if row.get("file")}
+    todo = [(source, target) for source, target in jobs if again or not target.exists()]
+    print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
+    failed: list[str] = []
+    try:
+        for source, target in tqdm(todo, desc="enhancing", unit="image", **progress_style()):
+            try:
+                rows[str(source)] = work(source, target)
+            except UserError as error:
+                failed.append(str(error))
+    finally:
+        if rows:
+            order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
+            write_csv(table, order + [row for name, row in rows.items() if name not in {str(source) for source, _ in jobs}])
+    for line in failed:
+        print(f"failed: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists them")
+    return 1 if failed else 0
+
+
+def enhance(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+    """--mode enhance: a picture, a folder or a pattern, each at its own resolution."""
+    given, target = arguments.input, Path(arguments.output)
+    many = os.path.isdir(given) or (glob.has_magic(given) and not os.path.exists(given))
+    jobs = find_inputs(given, arguments.output) if many else [(Path(given), target)]
+    if not many:
+        if target.is_dir() or arguments.output.endswith(("/", os.sep)):
+            target = target / Path(given).name
+            jobs = [(Path(given), target)]
+        known = VIDEO_SUFFIXES if Path(given).suffix.lower() in VIDEO_SUFFIXES else SUFFIXES
+        if target.suffix.lower() not in known:
+            raise UserError(f"--output {target}: the suffix must be one of {', '.join(known)}")
+        if target.exists() and os.path.exists(given) and target.samefile(given):
+            raise UserError(f"--output {target}: is the input itself; choose another name")
+    model, config, runtime, _ = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
+    brightness = float(read_image(config.reference).mean()) / 255 if config.reference else None
+
+    def work(source: Path, target: Path) -> dict[str, Any]:
+        kind = enhance_video if source.suffix.lower() in VIDEO_SUFFIXES else enhance_file
+        return kind(source, target, model, config, runtime, brightness)
+
+    if many:
+        return enhance_folder(jobs, target, work, config.overwrite)
+    row = work(*jobs[0])
+    print(f"{target}: {row['width']}x{row['height']}, {row['seconds']:.2f} s on {runtime}")
+    if row["note"]:
+        print(f"{given}: {row['note']}")
+    if row["deviation"] != "":
+        print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
     return 0
 
 
@@ -1920,16 +2469,6 @@ def enhance(arguments: argparse.Namespace, model_class: type[nn.Module], config_
 
 DEMO_TRAIN = ("coffee", "chelsea", "stereo_motorcycle", "immunohistochemistry", "retina", "colorwheel", "hubble_deep_field")
 DEMO_TEST = ("astronaut", "rocket")
-
-
-def srgb_to_linear(value: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1, [0, 1] to linear light in [0, 1]."""
-    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-
-
-def linear_to_srgb(value: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1, linear light in [0, 1] to [0, 1]."""
-    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.clip(value, 0.0031308, 1) ** (1 / 2.4) - 0.055)
 
 
 def simulate_infrared(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -1950,13 +2489,18 @@ def simulate_infrared(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.rint(linear_to_srgb(np.clip(noisy, 0, 1)) * 255).astype(np.uint8)
 
 
+def demo_photograph(name: str) -> Image.Image:
+    """A photograph in scikit-image's wheel; of a stereo pair the left one."""
+    pixels = getattr(skimage.data, name)()
+    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
+
+
 def demo_crops(name: str, count: int, side: int, recolour: bool, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """`count` random (side, side, 3) uint8 crops of a photograph in scikit-image's wheel, at scales from 1/4 to 1.
 
     `recolour` permutes the channels: seven photographs hold too few colours to learn a colour from.
     """
-    photograph = getattr(skimage.data, name)()
-    photograph = Image.fromarray(photograph[0] if isinstance(photograph, tuple) else photograph)
+    photograph = demo_photograph(name)
     least = min(photograph.size)
     for _ in range(count):
         extent = int(rng.integers(min(least, 2 * side), least + 1))
@@ -2038,10 +2582,99 @@ def demo_table(config: Config, folder: Path, evaluation: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Export: the deterministic enhancement as one ONNX file for other languages and runtimes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FixedConv(nn.Module):
+    """The inverse of an InvertibleConv with its matrix worked out, which ONNX has no operator for."""
+
+    def __init__(self, layer: InvertibleConv) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.linalg.inv(layer.weight().double()).float()[:, :, None, None])
+
+    def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return F.conv2d(y, self.weight), y.new_zeros(len(y))
+
+
+class Enhancer(nn.Module):
+    """low (1, 3, H, W) in [0, 1] -> enhanced, the same shape; all that `enhance` does, thumbnail and padding included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).float().cpu().eval()
+        for layers in [module.layers for module in self.model.modules() if isinstance(module, Flow)]:
+            for place, layer in enumerate(layers):
+                if isinstance(layer, InvertibleConv):
+                    layers[place] = FixedConv(layer)
+
+    def forward(self, low: Tensor) -> Tensor:
+        return self.model.enhance(low)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings: the exporter tells of its own deprecations and of guesses that it mends itself."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+EXPORT_SIZES = ((64, 96), (131, 201), (400, 600))
+EXPORT_TOLERANCE = 1e-3
+
+
+def export(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+    """--mode export: an ONNX file with free height and width, compared with PyTorch at three sizes before it is written."""
+    target = Path(arguments.output)
+    if target.suffix.lower() != ".onnx":
+        raise UserError(f"--output {target}: the suffix must be .onnx")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--mode export needs the package {error.name}; run pip install onnx onnxruntime onnxscript") from None
+    model, _, _, _ = load_model(arguments.checkpoint, arguments.settings | {"device": "cpu"}, model_class, config_class)
+    enhancer = Enhancer(model)
+    sides = {2: torch.export.Dim("height", min=16, max=65536), 3: torch.export.Dim("width", min=16, max=65536)}
+    with atomic_path(target) as temporary, torch.no_grad(), quiet():
+        torch.onnx.export(
+            enhancer,
+            (torch.rand(1, 3, 120, 168),),
+            temporary,
+            input_names=["low"],
+            output_names=["enhanced"],
+            dynamic_shapes={"low": sides},
+            opset_version=20,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        generator = torch.Generator().manual_seed(0)
+        for height, width in EXPORT_SIZES:
+            low = torch.rand(1, 3, height, width, generator=generator) ** 3
+            difference = float(np.abs(session.run(None, {"low": low.numpy()})[0] - enhancer(low).numpy()).max())
+            print(f"{height}x{width}: largest difference from PyTorch {difference:.1e}")
+            if not difference < EXPORT_TOLERANCE:
+                raise RunError(f"{target}: ONNX and PyTorch differ by {difference:.3g}; not written, please report it")
+    print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; low (1, 3, H, W) float32 in [0, 1] -> enhanced, sides from 16")
+    print("to run it:")
+    print(f"  session = onnxruntime.InferenceSession({str(target)!r})")
+    print('  enhanced = session.run(None, {"low": low})[0]')
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo}
+MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo, "export": export}
 
 
 def main(

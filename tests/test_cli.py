@@ -399,6 +399,7 @@ def test_output_that_cannot_be_written(workshop: Workshop, tmp_path: Path, capsy
     """A parent that is a file, which even the superuser cannot write into."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "taken.png").mkdir()
+    (tmp_path / "taken.png" / "0.png").mkdir()
     before = files_under(tmp_path)
     low = workshop.folder / "data/eval/low/0.png"
     for target in (tmp_path / "file" / "out.png", tmp_path / "taken.png"):
@@ -466,7 +467,8 @@ def test_cuda_that_is_not_there(workshop: Workshop, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--mode evaluate", ["--checkpoint"]),
+        ("--mode evaluate --output b.png", ["--output"]),
+        ("--mode export", ["--output"]),
         ("--mode enhance --checkpoint a.pth --output b.png", ["--input"]),
         ("--mode enhance --checkpoint a.pth --input b.png", ["--output"]),
         ("--mode paint", ["paint", "train", "demo"]),
@@ -506,7 +508,7 @@ def test_help_shows_an_example_per_mode_and_every_key(tmp_path: Path) -> None:
 
 def test_the_documented_command_lines_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line.partition("python model_script.py")[2] for line in ms.EXAMPLES.splitlines() if "model_script.py" in line]
-    assert len(lines) == 5
+    assert len(lines) == 7
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cpu_train_config.json").write_text(json.dumps({"batch_size": 3}))
     for line in lines:

@@ -401,8 +401,11 @@ def test_set_may_mend_what_two_keys_need_together() -> None:
 
 # flags ----------------------------------------------------------------------------------------------------------------
 
-NEEDED = {"train": [], "demo": [], "evaluate": ["checkpoint"], "enhance": ["checkpoint", "input", "output"]}
-TAKEN = {**NEEDED, "train": ["resume"]}
+NEEDED = {"train": [], "demo": [], "evaluate": [], "enhance": ["input", "output"], "export": ["output"]}
+TAKEN = {
+    mode: [*names, *(["checkpoint"] if mode in ("evaluate", "enhance", "export") else [])] for mode, names in NEEDED.items()
+}
+TAKEN["train"] = ["resume"]
 FLAGS = ("checkpoint", "resume", "input", "output")
 
 
@@ -417,6 +420,12 @@ def test_modes_take_what_they_need(mode: str) -> None:
         name: f"{name}.file" if name in TAKEN[mode] else None for name in FLAGS
     }
     assert arguments.settings == {}
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "enhance", "export"])
+def test_the_released_weights_are_the_default(mode: str) -> None:
+    arguments = ms.parse_command_line(["--mode", mode, *flags(*NEEDED[mode])])
+    assert Path(arguments.checkpoint) == Path(ms.__file__).resolve().parent / "checkpoints" / "best_model.pth"
 
 
 @pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in NEEDED for name in FLAGS if name not in TAKEN[mode]])
@@ -467,7 +476,7 @@ def run_without_torch(folder: Path, *argv: str) -> subprocess.CompletedProcess[s
     [
         (["--mode", "train", "--set", "bach_size=2"], "the nearest is batch_size (an integer in [1, 4096])"),
         (["--mode", "train", "--config", "missing.json"], "missing.json"),
-        (["--mode", "enhance"], "needs --checkpoint"),
+        (["--mode", "enhance"], "needs --input"),
         (["--mode", "fly"], "fly"),
     ],
 )

@@ -373,7 +373,7 @@ def crop_difference(model: ms.ConditionalFlow, low: Tensor, place: Sequence[int]
         thumbnail = ms.resize(low, (size, size))
         whole = model._condition_whole(low)
         box = box_of(*place, *low.shape[-2:]).float() + shift
-        part = model.condition(low[..., top:bottom, left:right], thumbnail, box)
+        part = model.condition(low[..., top:bottom, left:right], model.survey(thumbnail), box)
         pairs = [(model.decode(part.prior_mean, part), model.decode(whole.prior_mean, whole), 1)]
         pairs += [(part.features[0], whole.features[0], 2), (part.features[1], whole.features[1], 4)]
         pairs += [(part.prior_mean, whole.prior_mean, 4)]
@@ -390,7 +390,7 @@ def test_crop_with_the_whole_thumbnail_agrees_with_the_whole_picture() -> None:
     model = small_model(scale=0.03)
     low = pixels(1, 3, 304, 288).float()
     place = (24, 16, 280, 272)
-    assert crop_difference(model, low, place, 0.0, 112).max() < 1e-4
+    assert crop_difference(model, low, place, 0.0, model.reach).max() < 1e-4
     assert crop_difference(model, low, place, 0.0, 0).max() > 1e-3
     assert crop_difference(model, low, place, 0.02, 112).max() > 1e-3
 
@@ -403,7 +403,7 @@ def test_prior_mean_is_in_the_latents_layout() -> None:
     low = pixels(1, 3, 32, 48)
     with torch.no_grad():
         thumbnail = ms.resize(low, (32, 32))
-        colour = model.global_branch(thumbnail, thumbnail.mean((1, 2, 3), keepdim=True))[1]
+        colour = model.survey(thumbnail).colour
         expected = ms.LogitMap().inverse(F.interpolate(colour, size=(32, 48), mode="bilinear", align_corners=False))[0]
         enhanced = model.enhance(low)
     assert enhanced.std() > 1e-3

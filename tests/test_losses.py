@@ -175,7 +175,8 @@ def test_model_losses_are_the_weighted_terms(size: tuple[int, int]) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         terms = model.losses(batch)
-        condition = model.condition(ms.pad_to_multiple(batch.low), batch.thumbnail, ms.padded_box(batch.box, *size))
+        survey = model.survey(batch.thumbnail)
+        condition = model.condition(ms.pad_to_multiple(batch.low), survey, ms.padded_box(batch.box, *size))
         enhanced = model.decode(condition.prior_mean, condition)[..., : size[0], : size[1]].double().numpy()
         torch.manual_seed(1)
         bits, _ = model._bits(batch.high, condition)

@@ -1,0 +1,527 @@
+"""Enhancement of real files: tiles without seams, every kind of picture, folders, alternatives, uncertainty, exposure."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.io
+import tifffile
+import torch
+from cli_tools import assert_one_line_error, dark_picture, files_under, run_script, save_picture, target_picture
+from conftest import randomise
+from PIL import Image, ImageCms
+from torch import Tensor, nn
+
+import model_script as ms
+
+CPU = ms.Runtime(torch.device("cpu"), torch.float32)
+
+
+def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
+    torch.manual_seed(5)
+    config = ms.Config(**{"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, "device": "cpu", **settings})
+    return randomise(ms.ConditionalFlow(config), scale).eval()
+
+
+def noise_picture(height: int, width: int, depth: type = np.uint8) -> np.ndarray:
+    """Every pixel matters to its neighbours, so that a halo that is too small is seen."""
+    return np.random.default_rng(7).integers(0, np.iinfo(depth).max, (height, width, 3), dtype=depth)
+
+
+def with_settings(model: ms.ConditionalFlow, **settings: object) -> ms.Config:
+    return dataclasses.replace(model.config, **settings)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that changes its input visibly."""
+    path = tmp_path_factory.mktemp("weights") / "best_model.pth"
+    model = small_model(flow_channels=8, num_flow_blocks=1)
+    ms.save_checkpoint(
+        path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "run_id": "r", "epoch": 1}
+    )
+    return path
+
+
+def enhance(checkpoint: Path, source: str | Path, target: str | Path, *settings: str) -> int:
+    arguments = ["--mode", "enhance", "--checkpoint", checkpoint, "--input", source, "--output", target]
+    return ms.main([*map(str, arguments), *(part for setting in settings for part in ("--set", setting))])
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    """enhance.csv by file name."""
+    with open(folder / "enhance.csv", newline="", encoding="utf-8") as stream:
+        return {Path(row["file"]).name: row for row in csv.DictReader(stream)}
+
+
+# tiles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("size", [(260, 299), (16, 500), (401, 65), (128, 128)])
+def test_tiles_leave_no_seam(size: tuple[int, int], depth: type) -> None:
+    """The promise is 1e-3 in fp32 at every pixel; what is measured is the rounding to 16 bits."""
+    model, pixels = small_model(), noise_picture(*size, depth)
+    with torch.no_grad():
+        whole = model.enhance(ms.to_tensor(pixels)[None])[0].permute(1, 2, 0).numpy()
+    tiled = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=64), CPU)
+    assert tiled.best.shape == pixels.shape and tiled.best.dtype == np.uint16
+    assert tiled.samples == [] and tiled.deviation is None
+    assert np.abs(tiled.best / 65535 - whole).max() < 5e-5
+    assert whole.std() > 0.02
+
+
+def test_a_smaller_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels = small_model(scale=0.08), noise_picture(256, 256)
+    whole = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=1024), CPU).best
+    monkeypatch.setattr(ms.ConditionalFlow, "reach", 16)
+    tiled = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=64), CPU).best
+    assert np.abs(tiled.astype(int) - whole).max() > 65535 * 1e-3
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_reach_bounds_what_a_pixel_depends_on(blocks: int) -> None:
+    """By the gradient: nothing beyond the reach, and something nearly as far (the bound is not idle)."""
+    model = small_model(scale=0.1, num_flow_blocks=blocks).double()
+    low = torch.rand(1, 3, 328, 328, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        survey = model.survey(ms.resize(low, (32, 32)))
+    condition = model.condition(low, survey, torch.tensor([ms.WHOLE_BOX]))
+    decoded = model.flow.inverse(condition.prior_mean, condition.features)[0]  # before clamping, which has no gradient
+    decoded[0, :, 160:168, 160:168].sum().backward()
+    rows, columns = low.grad[0].abs().sum(0).nonzero().unbind(1)
+    for place in (rows, columns):
+        reached = max(160 - int(place.min()), int(place.max()) - 167)
+        assert model.reach - 16 <= reached <= model.reach
+
+
+def test_samples_and_uncertainty_do_not_depend_on_the_tiles() -> None:
+    model, pixels = small_model(), noise_picture(150, 170)
+    settings = dict(samples=2, uncertainty=True, temperature=0.8, seed=3)
+    whole, tiled = (ms.enhance_pixels(model, pixels, with_settings(model, tile_size=s, **settings), CPU) for s in (1024, 64))
+    for a, b in zip([whole.best, *whole.samples], [tiled.best, *tiled.samples], strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 4
+    np.testing.assert_allclose(whole.deviation, tiled.deviation, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width", "side", "halo"), [(4000, 6000, 800, 112), (16, 16, 64, 8), (65, 64, 64, 24)])
+def test_tiles_cover_every_pixel_once(height: int, width: int, side: int, halo: int) -> None:
+    seen = np.zeros((height, width), np.uint8)
+    for core, outer in ms.plan_tiles(height, width, side, halo):
+        seen[core[0] : core[1], core[2] : core[3]] += 1
+        assert core[1] - core[0] <= side and core[3] - core[2] <= side
+        assert outer[0] % 8 == outer[2] % 8 == 0  # strides and squeezes fall on the same pixels as in the whole picture
+        assert outer[0] == max(0, core[0] - halo) and outer[1] == min(height, core[1] + halo)
+        assert outer[2] == max(0, core[2] - halo) and outer[3] == min(width, core[3] + halo)
+    assert (seen == 1).all()
+
+
+def test_the_tile_follows_the_memory() -> None:
+    model = small_model()
+    sides = [ms.tile_side(model, with_settings(model, memory_megabytes=size), CPU) for size in (64, 600, 4000)]
+    assert sides == sorted(set(sides)) and all(side % 8 == 0 for side in sides)
+    assert ms.tile_side(model, with_settings(model, tile_size=320), CPU) == 320
+
+
+@pytest.mark.parametrize("size", [(700, 300), (256, 40), (257, 513)])
+def test_thumbnail_in_bands_is_the_thumbnail(size: tuple[int, int]) -> None:
+    pixels = noise_picture(*size)
+    torch.testing.assert_close(
+        ms.whole_thumbnail(pixels, 32), ms.resize(ms.to_tensor(pixels)[None], (32, 32)), atol=1e-6, rtol=0
+    )
+
+
+def test_noise_is_one_endless_field_of_normal_values() -> None:
+    field = ms.latent_noise((1, 2), 0, 0, 150, 140)
+    torch.testing.assert_close(ms.latent_noise((1, 2), 60, 33, 70, 90), field[:, :, 60:130, 33:123], atol=0, rtol=0)
+    assert field.shape == (1, 48, 150, 140)
+    assert abs(float(field.mean())) < 0.01 and abs(float(field.std()) - 1) < 0.01
+    assert not torch.equal(field, ms.latent_noise((1, 3), 0, 0, 150, 140))
+
+
+class Plain(nn.Module):
+    """Another system's model: it knows no tiles, and draws alternatives in its own way."""
+
+    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
+        return (3 * low + 0.1 * temperature * torch.randn_like(low)).clamp(0, 1)
+
+
+def test_a_model_without_reach_sees_the_picture_whole() -> None:
+    pixels = dark_picture(target_picture(1, 100, 90))
+    config = ms.Config(tile_size=64, samples=2, uncertainty=True)
+    found = ms.enhance_pixels(Plain(), pixels, config, CPU)
+    np.testing.assert_allclose(found.best / 65535, np.clip(3 * (pixels / 255), 0, 1), atol=1e-4)
+    assert len(found.samples) == 2 and (found.samples[0] != found.samples[1]).any()
+    assert 0.02 < found.deviation.mean() < 0.15
+
+
+# alternatives and uncertainty ----------------------------------------------------------------------------------------
+
+
+def test_deviation_is_that_of_the_samples() -> None:
+    model, pixels = small_model(), noise_picture(40, 48)
+    found = ms.enhance_pixels(model, pixels, with_settings(model, samples=5, uncertainty=True), CPU)
+    samples = np.stack(found.samples) / 65535
+    expected = np.sqrt(samples.var(axis=0, ddof=1).mean(axis=-1))
+    np.testing.assert_allclose(found.deviation, expected, atol=1e-4)
+    assert expected.mean() > 1e-3
+
+
+def test_samples_spread_with_the_temperature_around_the_best() -> None:
+    model, pixels = small_model(), noise_picture(40, 48)
+    spread = []
+    for temperature in (0.2, 1.0):
+        found = ms.enhance_pixels(model, pixels, with_settings(model, samples=2, temperature=temperature), CPU)
+        spread.append(np.abs(found.samples[0].astype(float) - found.best).mean())
+        assert (found.samples[0] != found.samples[1]).any()
+    assert spread[0] < 0.4 * spread[1]
+    plain = ms.enhance_pixels(model, pixels, model.config, CPU)
+    assert np.array_equal(plain.best, found.best)  # the best answer is not one of the drawn
+
+
+def test_samples_and_uncertainty_as_files(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    low = save_picture(tmp_path / "low.png", dark_picture(target_picture(2)))
+    assert enhance(checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "uncertainty=true", "seed=4") == 0
+    names = {"a.png", "a_sample1.png", "a_sample2.png", "a_uncertainty.png", "a_uncertainty_view.png"}
+    assert files_under(tmp_path / "o") == names
+    deviation = skimage.io.imread(tmp_path / "o" / "a_uncertainty.png")
+    assert deviation.dtype == np.uint16 and deviation.shape == (40, 48)
+    samples = [skimage.io.imread(tmp_path / "o" / f"a_sample{n}.png").astype(float) for n in (1, 2)]
+    expected = np.sqrt(((samples[0] - samples[1]) ** 2 / 2).mean(-1)) / 255
+    np.testing.assert_allclose(deviation / 65535, expected, atol=0.005)
+    assert f"{deviation.mean() / 65535:.4f}" in capsys.readouterr().out
+    view = skimage.io.imread(tmp_path / "o" / "a_uncertainty_view.png")
+    assert view.shape == (40, 48, 3) and view[deviation.argmax() // 48, deviation.argmax() % 48].min() > 200
+    before = (tmp_path / "o" / "a_sample1.png").read_bytes()
+    assert enhance(checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "seed=4") == 0
+    assert (tmp_path / "o" / "a_sample1.png").read_bytes() == before
+    assert enhance(checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "seed=5") == 0
+    assert (tmp_path / "o" / "a_sample1.png").read_bytes() != before
+
+
+# exposure ------------------------------------------------------------------------------------------------------------
+
+
+def test_exposure_is_a_gain_in_linear_light() -> None:
+    value = np.linspace(0, 1, 65536)
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    for stops in (-1.5, 0.0, 0.5):
+        brighter = np.minimum(linear * 2**stops, 1)
+        expected = np.where(brighter <= 0.0031308, 12.92 * brighter, 1.055 * brighter ** (1 / 2.4) - 0.055)
+        np.testing.assert_allclose(ms.exposed(stops), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.4, 0.8])
+def test_stops_to_mean_reach_the_mean(mean: float) -> None:
+    pixels = noise_picture(60, 50, np.uint16) // 2
+    assert ms.exposed(ms.stops_to_mean(pixels, mean))[pixels].mean() == pytest.approx(mean, abs=1e-4)
+
+
+def test_exposure_and_reference_reach_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    low = save_picture(tmp_path / "low.png", dark_picture(target_picture(2)))
+    liked = save_picture(tmp_path / "liked.jpg", np.full((20, 30, 3), 90, np.uint8))
+    found = {}
+    for name, setting in (
+        ("plain", "exposure=0"),
+        ("bright", "exposure=+0.5"),
+        ("dark", "exposure=-1"),
+        ("like", f"reference={liked}"),
+    ):
+        assert enhance(checkpoint, low, tmp_path / f"{name}.png", setting) == 0
+        found[name] = skimage.io.imread(tmp_path / f"{name}.png").astype(float)
+    assert found["dark"].mean() < found["plain"].mean() < found["bright"].mean()
+    gain = ms.srgb_to_linear(found["dark"] / 255).mean() / ms.srgb_to_linear(found["plain"] / 255).mean()
+    assert gain == pytest.approx(0.5, abs=0.02)
+    assert found["like"].mean() == pytest.approx(90, abs=0.6)
+    assert enhance(checkpoint, low, tmp_path / "x.png", "reference=nowhere.png") == 2
+
+
+# what a file holds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_orientation_is_applied_once_and_reset(checkpoint: Path, tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[ms.ORIENTATION] = orientation
+    exif[0x010F] = "Maker"
+    source = save_picture(tmp_path / f"low.{suffix}", target_picture(3, 24, 40), exif=exif)
+    picture = ms.read_picture(source)
+    assert np.array_equal(picture.pixels, ms.read_image(source))  # Pillow is the referee there
+    assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
+    with Image.open(tmp_path / f"out.{suffix}") as out:
+        assert out.size == picture.pixels.shape[1::-1]
+        assert out.getexif().get(ms.ORIENTATION, 1) == 1 and out.getexif()[0x010F] == "Maker"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_colour_profile_and_exif_are_kept(checkpoint: Path, tmp_path: Path, suffix: str) -> None:
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0132] = "2026:01:02 03:04:05"
+    source = save_picture(tmp_path / f"low.{suffix}", target_picture(3), icc_profile=icc, exif=exif)
+    assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
+    with Image.open(tmp_path / f"out.{suffix}") as out:
+        assert out.info["icc_profile"] == icc
+        assert out.getexif()[0x0132] == "2026:01:02 03:04:05"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_in_give_16_bits_out(checkpoint: Path, tmp_path: Path, suffix: str, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (30, 36, channels)).astype(np.uint16)
+    source = tmp_path / f"low.{suffix}"
+    if suffix == "tif":
+        photometric = "rgb" if channels > 1 else "minisblack"
+        tifffile.imwrite(
+            source, pixels.squeeze(), photometric=photometric, extrasamples=["unassalpha"] if channels == 4 else None
+        )
+    else:
+        source.write_bytes(ms.encode_png16(pixels.squeeze(), ms.Picture(pixels)))
+    picture = ms.read_picture(source)
+    assert picture.pixels.dtype == np.uint16
+    assert np.array_equal(picture.pixels, np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[..., :3])
+    assert (picture.note != "") == (channels == 1)
+    assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
+    out = ms.read_picture(tmp_path / f"out.{suffix}")
+    assert out.pixels.dtype == np.uint16 and len(np.unique(out.pixels % 257)) > 50  # the lower byte is alive
+    assert (out.alpha is not None) == (channels == 4)
+    if channels == 4:
+        assert np.array_equal(out.alpha, pixels[..., 3])
+    assert enhance(checkpoint, source, tmp_path / "out.jpg") == 0
+    assert ms.read_picture(tmp_path / "out.jpg").pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3), (9, 7, 4)])
+def test_16_bit_png_is_read_by_others(shape: tuple[int, ...]) -> None:
+    """torchvision reads the values, Pillow the profile and EXIF."""
+    from torchvision.io import decode_image
+
+    pixels = np.random.default_rng(1).integers(0, 65536, shape).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    data = ms.encode_png16(pixels, ms.Picture(pixels, icc=b"profile" * 9, exif=exif.tobytes()))
+    read = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+    assert np.array_equal(read.reshape(shape), pixels)
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        assert picture.info["icc_profile"] == b"profile" * 9 and picture.getexif()[0x010F] == "Maker"
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_alpha_passes_through(checkpoint: Path, tmp_path: Path, suffix: str) -> None:
+    alpha = np.arange(40 * 48, dtype=np.uint8).reshape(40, 48)
+    source = tmp_path / f"low.{suffix}"
+    Image.fromarray(np.dstack([target_picture(1), alpha])).save(source, **({"lossless": True} if suffix == "webp" else {}))
+    assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
+    with Image.open(tmp_path / f"out.{suffix}") as out:
+        assert out.mode == "RGBA" and np.array_equal(np.asarray(out)[..., 3], alpha)
+
+
+@pytest.mark.parametrize(("mode", "words"), [("L", "grey"), ("1", "grey"), ("LA", "grey"), ("CMYK", "CMYK"), ("P", "")])
+def test_other_colour_modes_are_converted_and_noted(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, words: str
+) -> None:
+    source = tmp_path / ("low.tif" if mode == "CMYK" else "low.png")
+    Image.fromarray(target_picture(1)).convert(mode).save(source)
+    assert enhance(checkpoint, source, tmp_path / "out.png") == 0
+    printed = capsys.readouterr().out
+    assert f"{source}: " in printed and words in printed if words else printed.count("\n") == 2
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.mode == ("RGBA" if mode == "LA" else "RGB") and out.size == (48, 40)
+
+
+def test_quality_is_heard(checkpoint: Path, tmp_path: Path) -> None:
+    low = save_picture(tmp_path / "low.png", noise_picture(64, 64))
+    for quality in (20, 95):
+        assert enhance(checkpoint, low, tmp_path / f"{quality}.jpg", f"quality={quality}") == 0
+    assert (tmp_path / "20.jpg").stat().st_size < 0.6 * (tmp_path / "95.jpg").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["animation", "tall", "bomb", "float", "lzw"])
+def test_pictures_that_are_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / "in.tif"
+    frame = Image.fromarray(target_picture(1))
+    if kind == "animation":
+        frame.save(path, save_all=True, append_images=[frame, frame])
+    elif kind == "tall":
+        save_picture(path, np.zeros((400, 1, 3), np.uint8))
+    elif kind == "bomb":
+        path = tmp_path / "in.png"
+        data = bytearray(ms.encode_png16(np.zeros((16, 16), np.uint16), ms.Picture(np.zeros(0))))
+        data[16:24] = (60000).to_bytes(4, "big") * 2
+        data[29:33] = __import__("zlib").crc32(bytes(data[12:29])).to_bytes(4, "big")
+        path.write_bytes(data)
+    elif kind == "float":
+        Image.fromarray(np.zeros((20, 20), np.float32)).save(path)
+    elif kind == "lzw":
+        path.write_bytes(b"II*\0\x08\0\0\0\0\0")
+    before = files_under(tmp_path)
+    assert_one_line_error(enhance(checkpoint, path, tmp_path / "out.png"), capsys.readouterr().err, str(path))
+    assert files_under(tmp_path) == before
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Three good pictures at two depths, a broken one, and a file that is no picture."""
+    folder = tmp_path / "in"
+    for place, name in enumerate(("a.png", "deep/b.jpg", "deep/er/c.PNG")):
+        save_picture(folder / name, dark_picture(target_picture(place, 32 + place, 40)))
+    (folder / "deep" / "broken.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(checkpoint: Path, album: Path, tmp_path: Path) -> None:
+    files = ("--checkpoint", checkpoint, "--input", album, "--output", tmp_path / "out")
+    done = run_script("--mode", "enhance", *files, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "broken.png" in done.stderr and "Traceback" not in done.stderr
+    assert "image/s" in done.stderr  # the bar
+    assert "3 enhanced, 1 failed" in done.stdout
+    assert files_under(tmp_path / "out") == {"a.png", "deep", "deep/b.jpg", "deep/er", "deep/er/c.PNG", "enhance.csv"}
+    rows = rows_of(tmp_path / "out")
+    assert set(rows) == {"a.png", "b.jpg", "c.PNG"}
+    for row in rows.values():
+        assert Path(row["output"]).exists() and float(row["seconds"]) > 0
+        with Image.open(row["file"]) as low, Image.open(row["output"]) as high:
+            assert low.size == high.size == (int(row["width"]), int(row["height"]))
+            assert float(row["brightness_before"]) == pytest.approx(np.asarray(low).mean() / 255, abs=1e-4)
+            assert float(row["brightness_after"]) == pytest.approx(np.asarray(high).mean() / 255, abs=0.01)
+
+
+def test_what_is_done_is_skipped_unless_told_otherwise(
+    checkpoint: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (album / "deep" / "broken.png").unlink()
+    out = tmp_path / "out"
+    assert enhance(checkpoint, album, out) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    first = rows_of(out)
+    (out / "a.png").unlink()
+    capsys.readouterr()
+    assert enhance(checkpoint, album, out) == 0
+    assert "2 of them already done" in capsys.readouterr().out
+    assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {"a.png", "enhance.csv"}
+    again = rows_of(out)
+    assert list(again) == list(first) and again["b.jpg"] == first["b.jpg"]
+    assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
+    assert all(path.stat().st_mtime_ns != before[path] for path in before)
+    assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
+
+
+def test_patterns_and_single_files_into_a_folder(checkpoint: Path, album: Path, tmp_path: Path) -> None:
+    assert enhance(checkpoint, f"{album}/**/*.[pP][nN][gG]", tmp_path / "one") == 1  # the broken one is among them
+    assert files_under(tmp_path / "one") == {"a.png", "deep", "deep/er", "deep/er/c.PNG", "enhance.csv"}
+    assert enhance(checkpoint, album / "a.png", f"{tmp_path}/two/") == 0
+    assert files_under(tmp_path / "two") == {"a.png"}
+    odd = save_picture(tmp_path / "odd[1].png", dark_picture(target_picture(1)))
+    assert enhance(checkpoint, odd, tmp_path / "three.png") == 0  # a name with magic characters is still a name
+
+
+def test_results_inside_the_input_folder_are_not_enhanced_again(checkpoint: Path, album: Path) -> None:
+    (album / "deep" / "broken.png").unlink()
+    for _ in range(2):
+        assert enhance(checkpoint, album, album / "out") == 0
+        assert set(rows_of(album / "out")) == {"a.png", "b.jpg", "c.PNG"}
+    assert not (album / "out" / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "itself", "file", "nothing"])
+def test_folders_that_are_refused(
+    checkpoint: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    source, target = {
+        "empty": (tmp_path / "empty", tmp_path / "out"),
+        "itself": (album, album),
+        "file": (album, tmp_path / "out.png"),
+        "nothing": (f"{album}/*.gif", tmp_path / "out"),
+    }[kind]
+    before = files_under(tmp_path)
+    status = enhance(checkpoint, source, target)
+    assert_one_line_error(status, capsys.readouterr().err, str(source) if kind != "itself" else "itself")
+    assert files_under(tmp_path) == before
+
+
+# clips ---------------------------------------------------------------------------------------------------------------
+
+
+def write_clip(path: Path, frames: list[np.ndarray], sound: bool = False) -> Path:
+    """An almost lossless clip of 25 frames a second, with a tone if wanted."""
+    av = pytest.importorskip("av", reason="the optional package av is not installed")
+    with av.open(str(path), "w") as writing:
+        video = writing.add_stream("libx264", rate=25, options={"crf": "4"})
+        video.height, video.width, video.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        if sound:
+            audio = writing.add_stream("aac", rate=44100, layout="mono")
+            tone = np.sin(np.arange(44100) / 20).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            frame.sample_rate = 44100
+            writing.mux(audio.encode(frame))
+            writing.mux(audio.encode())
+        for pixels in frames:
+            writing.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        writing.mux(video.encode())
+    return path
+
+
+def read_clip(path: Path) -> tuple[list[np.ndarray], int]:
+    """(frames, number of sound packets)."""
+    import av
+
+    with av.open(str(path)) as reading:
+        frames = [frame.to_ndarray(format="rgb24") for frame in reading.decode(video=0)]
+    with av.open(str(path)) as reading:
+        return frames, sum(packet.size > 0 for packet in reading.demux(audio=0)) if reading.streams.audio else 0
+
+
+def noisy_clip(scene: np.ndarray, count: int, strength: float = 3.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [np.clip(scene + rng.normal(0, strength, scene.shape), 0, 255).astype(np.uint8) for _ in range(count)]
+
+
+def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> None:
+    """The noise differs in every frame; the mean of the enhanced frames must not."""
+    source = write_clip(tmp_path / "in.mp4", noisy_clip(dark_picture(target_picture(4, 96, 128)), 20), sound=True)
+    assert enhance(checkpoint, source, tmp_path / "out.mp4") == 0
+    frames, sound = read_clip(tmp_path / "out.mp4")
+    assert len(frames) == 20 and frames[0].shape == (96, 128, 3) and sound > 10
+    assert np.std([frame.mean() for frame in frames]) < 0.5
+    single = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
+    expected = ms.enhance_pixels(single[0], read_clip(source)[0][0], single[1], CPU).best / 257
+    assert np.abs(frames[0] - expected).mean() < 5  # it is the enhancement, H.264 apart
+
+
+def test_surveys_are_averaged_until_the_scene_changes() -> None:
+    model = small_model()
+    with torch.no_grad():
+        one, near, far = (model.survey(torch.full((1, 3, 32, 32), level)) for level in (0.2, 0.21, 0.6))
+    mixed = ms.smooth_survey(one, near, 0.25)
+    for a, b, c in zip(one, near, mixed, strict=True):
+        torch.testing.assert_close(c, 0.75 * a + 0.25 * b)
+    assert ms.smooth_survey(one, far, 0.25) is far and ms.smooth_survey(None, one, 0.25) is one
+
+
+def test_broken_clips_and_a_missing_package(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av", reason="the optional package av is not installed")
+    source = tmp_path / "in.mp4"
+    source.write_bytes(b"no clip at all" * 50)
+    before = files_under(tmp_path)
+    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, str(source))
+    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.png"), capsys.readouterr().err, ".mp4")
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, "pip install av")
+    assert files_under(tmp_path) == before
