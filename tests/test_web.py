@@ -1,0 +1,311 @@
+"""The page's server: what it answers, what it refuses, and that nothing of an upload is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import assert_one_line_error, dark_picture, target_picture
+from conftest import randomise
+from PIL import Image
+
+import model_script as ms
+
+pytest.importorskip("flask", reason="the optional package flask is not installed")
+pytest.importorskip("waitress", reason="the optional package waitress is not installed")
+
+import web_app
+
+
+def write_checkpoint(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+    model = randomise(ms.ConditionalFlow(config), 0.05, seed)
+    ms.save_checkpoint(path, {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r", "epoch": 1})
+    return path
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web_app.Studio]:
+    folder = tmp_path_factory.mktemp("weights")
+    paths = [write_checkpoint(folder / f"{seed}.pth", seed) for seed in (1, 2)]
+    opened = web_app.Studio(paths, {"device": "cpu"}, megapixels=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def client(studio: web_app.Studio) -> Any:
+    return web_app.make_app(studio, megabytes=2).test_client()
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+LOW = dark_picture(target_picture(2))
+
+
+def upload(client: Any, data: bytes, name: str = "x.png", **fields: str) -> Any:
+    return client.post("/jobs", data={"picture": (io.BytesIO(data), name), **fields}, content_type="multipart/form-data")
+
+
+def wait(client: Any, answer: Any) -> tuple[str, dict[str, Any]]:
+    assert answer.status_code == 202, answer.get_data(as_text=True)
+    job = answer.get_json()["job"]
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        info = client.get(f"/jobs/{job}").get_json()
+        if info["state"] in ("done", "failed"):
+            return job, info
+        time.sleep(0.01)
+    raise AssertionError("no answer")
+
+
+def pixels_of(answer: Any) -> np.ndarray:
+    assert answer.status_code == 200
+    return np.asarray(Image.open(io.BytesIO(answer.data)))
+
+
+def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.Studio) -> None:
+    job, info = wait(client, upload(client, encoded(LOW), samples="2", uncertainty="1"))
+    assert info["state"] == "done" and (info["width"], info["height"], info["samples"]) == (48, 40, 2)
+    assert info["deviation"] > 0
+    model, config, runtime = studio.load(next(iter(studio.models)))
+    expected = ms.enhance_pixels(model, LOW, config, runtime).best
+    full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1"))
+    assert np.abs(full - expected / 257).max() <= 0.51
+    view = pixels_of(client.get(f"/jobs/{job}/enhanced")).astype(float)  # a JPEG of the same: noise is lost, colour is not
+    assert np.abs((view - full).mean((0, 1))).max() < 2 and np.abs(view - full).mean() < 10
+    assert np.abs(pixels_of(client.get(f"/jobs/{job}/low")).astype(float) - LOW).mean() < 4
+    samples = [pixels_of(client.get(f"/jobs/{job}/sample{n}?full=1")) for n in (1, 2)]
+    assert (samples[0] != samples[1]).any()
+    assert pixels_of(client.get(f"/jobs/{job}/uncertainty")).shape == (40, 48, 3)
+    assert client.get(f"/jobs/{job}/sample3").status_code == 404
+
+
+def test_exposure_is_applied_without_another_run(client: Any) -> None:
+    job, _ = wait(client, upload(client, encoded(LOW)))
+    means = [pixels_of(client.get(f"/jobs/{job}/enhanced?full=1&exposure={stops}")).mean() for stops in (-1, 0, 1)]
+    assert means == sorted(set(means))
+    for wrong in ("nan", "much", "7"):
+        assert client.get(f"/jobs/{job}/enhanced?exposure={wrong}").status_code == 400
+
+
+def test_two_models_give_two_results(client: Any, studio: web_app.Studio) -> None:
+    found = []
+    for model in studio.models:
+        job, _ = wait(client, upload(client, encoded(LOW), model=model))
+        found.append(pixels_of(client.get(f"/jobs/{job}/enhanced?full=1")))
+    assert (found[0] != found[1]).any()
+    assert upload(client, encoded(LOW), model="../../secret").status_code == 400
+
+
+def test_16_bits_and_orientation_survive(client: Any) -> None:
+    deep = np.random.default_rng(0).integers(0, 9000, (20, 30, 3)).astype(np.uint16)
+    job, _ = wait(client, upload(client, ms.encode_png16(deep, ms.Picture(deep))))
+    answer = client.get(f"/jobs/{job}/enhanced?full=1")
+    assert ms.read_picture(io.BytesIO(answer.data)).pixels.dtype == np.uint16
+    assert 'filename="enhanced.png"' in answer.headers["Content-Disposition"]
+    exif = Image.Exif()
+    exif[ms.ORIENTATION] = 6
+    _, info = wait(client, upload(client, encoded(LOW, "JPEG", exif=exif)))
+    assert (info["width"], info["height"]) == (40, 48)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "large", "megapixels", "small", "none", "samples"])
+def test_bad_uploads_get_one_clear_line(client: Any, kind: str) -> None:
+    data, words, fields = {
+        "text": (b"this is no picture", "not a readable picture", {}),
+        "empty": (b"", "empty", {}),
+        "truncated": (encoded(LOW)[:700], "truncated", {}),
+        "large": (b"x" * (2**21 + 1), "2 MB", {}),
+        "megapixels": (encoded(np.zeros((1001, 1000, 3), np.uint8)), "megapixels", {}),
+        "small": (encoded(np.zeros((15, 40, 3), np.uint8)), "too small", {}),
+        "none": (None, "choose a picture", {}),
+        "samples": (encoded(LOW), "samples", {"samples": "99"}),
+    }[kind]
+    answer = client.post("/jobs", data=fields) if data is None else upload(client, data, **fields)
+    if answer.status_code == 202:
+        job, info = wait(client, answer)
+        assert info["state"] == "failed" and words in info["message"] and "\n" not in info["message"]
+        assert client.get(f"/jobs/{job}/enhanced").status_code == 409
+    else:
+        assert answer.status_code == (413 if kind == "large" else 400)
+        assert words in answer.get_json()["error"]
+
+
+@pytest.mark.parametrize("name", ["../../evil.png", "/etc/passwd", "C:\\a.png", "a\x00b.png", "\N{SNOWMAN}" * 300])
+def test_upload_names_never_touch_the_file_system(client: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And nothing of a large upload goes through a temporary file either."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a file was made")
+
+    for maker in ("TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile", "mkstemp"):
+        monkeypatch.setattr(tempfile, maker, refuse)
+    noise = np.random.default_rng(0).integers(0, 60, (500, 500, 3)).astype(np.uint8)
+    data = encoded(noise)
+    assert len(data) > 500_000  # werkzeug's own threshold
+    assert wait(client, upload(client, data, name))[1]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("get", "/jobs/nothing", 404),
+        ("get", "/jobs/nothing/enhanced", 404),
+        ("get", "/samples/../../README.md", 404),
+        ("get", "/samples/chelsea", 404),
+        ("get", "/../model_script.py", 404),
+        ("get", "/static/x", 404),
+        ("post", "/", 405),
+        ("delete", "/jobs", 405),
+        ("put", "/jobs", 405),
+    ],
+)
+def test_wrong_addresses_and_methods(client: Any, method: str, path: str, status: int) -> None:
+    answer = getattr(client, method)(path)
+    assert answer.status_code == status and answer.get_json()["error"]
+
+
+def test_another_site_cannot_upload(client: Any) -> None:
+    data = {"picture": (io.BytesIO(encoded(LOW)), "x.png")}
+    assert client.post("/jobs", data=data, headers={"Origin": "http://evil.example"}).status_code == 403
+    data = {"picture": (io.BytesIO(encoded(LOW)), "x.png")}
+    assert client.post("/jobs", data=data, headers={"Origin": "http://localhost"}).status_code == 202
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(client: Any, studio: web_app.Studio) -> None:
+    answer = client.get("/")
+    page = answer.get_data(as_text=True)
+    assert answer.status_code == 200 and "http://" not in page and "https://" not in page and "//cdn" not in page
+    policy = answer.headers["Content-Security-Policy"]
+    nonce = policy.split("script-src 'nonce-")[1].split("'")[0]
+    assert page.count(f'nonce="{nonce}"') == 2 and "unsafe" not in policy
+    assert nonce not in client.get("/").headers["Content-Security-Policy"]
+    for label in studio.models:
+        assert label in page
+    for path in ("/", "/jobs/none", "/samples/rocket"):
+        headers = client.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
+        assert headers["Referrer-Policy"] == "no-referrer" and headers["Cache-Control"] == "no-store"
+
+
+def test_samples_are_dark_photographs(client: Any) -> None:
+    for name in web_app.SAMPLES:
+        assert 2 < pixels_of(client.get(f"/samples/{name}")).mean() < 60
+
+
+class Slow:
+    """Stands in for the worker's work, and lets one job through at a time."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+
+    def __call__(self, job: web_app.Job) -> None:
+        self.gate.acquire(timeout=30)
+        job.picture = ms.Picture(LOW)
+        job.enhanced = ms.Enhanced(np.zeros((40, 48, 3), np.uint16), [], None)
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Slow, web_app.Studio]]:
+    work = Slow()
+    studio = web_app.Studio([write_checkpoint(tmp_path / "w.pth", 3)], {"device": "cpu"}, megapixels=1)
+    monkeypatch.setattr(studio, "_do", work)
+    yield web_app.make_app(studio, megabytes=2).test_client(), work, studio
+    work.gate.release(1000)
+    studio.close()
+
+
+def test_the_queue_shows_its_place_and_refuses_when_full(slow: tuple[Any, Slow, web_app.Studio]) -> None:
+    client, work, _ = slow
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(web_app.LONGEST_QUEUE)]
+    full = upload(client, encoded(LOW))
+    assert full.status_code == 503 and "try again" in full.get_json()["error"]
+    assert client.get(f"/jobs/{jobs[5]}").get_json()["before"] == 5
+    work.gate.release()
+    ends = time.monotonic() + 10
+    while client.get(f"/jobs/{jobs[5]}").get_json()["before"] != 4:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_old_results_are_forgotten(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, work, studio = slow
+    monkeypatch.setattr(web_app, "KEEP_JOBS", 3)
+    names = []
+    for _ in range(6):
+        work.gate.release()
+        names.append(wait(client, upload(client, encoded(LOW)))[0])
+    time.sleep(0.1)
+    assert [client.get(f"/jobs/{name}").status_code for name in names] == [404] * 3 + [200] * 3
+    assert all(job.data == b"" for job in studio.jobs.values())
+    monkeypatch.setattr(web_app, "KEEP_SECONDS", -1)
+    studio.forget()
+    assert studio.jobs == {}
+
+
+def test_a_crash_of_a_library_is_an_answer(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _, studio = slow
+
+    def crash(job: web_app.Job) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(studio, "_do", crash)
+    info = wait(client, upload(client, encoded(LOW)))[1]
+    assert info["state"] == "failed" and "cannot be enhanced" in info["message"]
+
+
+# the command line ----------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = str(write_checkpoint(tmp_path / "good.pth", 1))
+    for arguments, words in (
+        (["--checkpoint", str(tmp_path / "none.pth")], "none.pth"),
+        (["--checkpoint", good, "--set", "tempreature=1"], "temperature"),
+        (["--checkpoint", good, "--port", "many"], "--port"),
+        (["--checkpoint", good, "--set", "flow_channels=16"], "flow_channels"),
+    ):
+        assert_one_line_error(web_app.main(arguments), capsys.readouterr().err, words)
+    monkeypatch.setattr(web_app, "ROOT", tmp_path)
+    assert_one_line_error(web_app.main([]), capsys.readouterr().err, "no weights found")
+
+
+def test_it_listens_to_this_machine_alone_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / "old").mkdir(parents=True)
+    write_checkpoint(tmp_path / "checkpoints" / "best_model.pth", 1)
+    write_checkpoint(tmp_path / "checkpoints" / "old" / "a.pth", 2)
+    (tmp_path / "checkpoints" / "broken.pth").write_text("no weights")
+    monkeypatch.setattr(web_app, "ROOT", tmp_path)
+    seen: dict[str, Any] = {}
+    assert web_app.main([], serve=lambda app, **options: seen.update(options, app=app)) == 0
+    assert seen["host"] == "127.0.0.1" and seen["inbuf_overflow"] >= 40 * 2**20
+    page = seen["app"].test_client().get("/").get_data(as_text=True)
+    assert page.index("checkpoints/best_model.pth") < page.index("checkpoints/old/a.pth") and "broken.pth" not in page
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        status = web_app.main(["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port])
+    assert_one_line_error(status, capsys.readouterr().err, "--port", port)

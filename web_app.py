@@ -1,0 +1,359 @@
+"""A local page for trying models on your own photographs: before/after slider, two models side by side, uncertainty.
+
+    pip install flask waitress
+    python web_app.py [--checkpoint FILE ...] [--host 127.0.0.1] [--port 8000] [--set KEY=VALUE ...]
+
+An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place the page shows) and
+forgotten after KEEP_SECONDS or as soon as KEEP_JOBS newer ones are there. File names of uploads are never used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import model_script as ms
+
+try:
+    import flask
+    import waitress
+except ImportError as missing:
+    sys.exit(f"error: the page needs the package {missing.name}; run pip install flask waitress")
+
+ROOT = Path(__file__).resolve().parent
+KEEP_JOBS, KEEP_SECONDS, LONGEST_QUEUE = 12, 900, 32
+SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
+
+
+class TooBusy(Exception):
+    """The queue is full."""
+
+
+@dataclasses.dataclass
+class Job:
+    """An upload on its way: what was asked, then either what came of it or why nothing did."""
+
+    data: bytes
+    model: str
+    samples: int
+    uncertainty: bool
+    created: float = dataclasses.field(default_factory=time.monotonic)
+    state: str = "waiting"  # waiting, working, done, failed
+    message: str = ""
+    seconds: float = 0.0
+    picture: ms.Picture | None = None
+    enhanced: ms.Enhanced | None = None
+
+
+class Studio:
+    """The models, and the one worker that uses them."""
+
+    def __init__(self, checkpoints: Sequence[Path], settings: dict[str, Any], megapixels: float) -> None:
+        self.models = {self._label(path): path for path in checkpoints}
+        self.settings, self.megapixels = settings, megapixels
+        self.jobs: dict[str, Job] = {}
+        self.lock, self.todo = threading.Lock(), queue.Queue[str]()
+        self.load = functools.lru_cache(maxsize=2)(self._load)
+        self.worker = threading.Thread(target=self._work, daemon=True)
+        self.worker.start()
+
+    def close(self) -> None:
+        """Let the worker finish what it does and end it: Python must not exit while it is inside a library."""
+        self.todo.put("")
+        self.worker.join()
+
+    @staticmethod
+    def _label(path: Path) -> str:
+        resolved = path.resolve()
+        return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
+
+    def _load(self, label: str) -> tuple[Any, ms.Config, ms.Runtime]:
+        return ms.load_model(str(self.models[label]), self.settings, ms.ConditionalFlow, ms.Config)[:3]
+
+    def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
+        """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy when too many wait."""
+        with ms.opened(io.BytesIO(data)) as picture:
+            width, height = picture.size
+        if width * height > self.megapixels * 1e6:
+            raise ms.UserError(f"the picture has {width * height / 1e6:.1f} megapixels; this page takes {self.megapixels:g}")
+        with self.lock:
+            waiting = sum(job.state in ("waiting", "working") for job in self.jobs.values())
+            if waiting >= LONGEST_QUEUE:
+                raise TooBusy
+            name = secrets.token_urlsafe(16)
+            self.jobs[name] = Job(data, model, samples, uncertainty)
+        self.todo.put(name)
+        return name
+
+    def place(self, name: str) -> int:
+        """How many jobs are before this one."""
+        with self.lock:
+            return sum(
+                job.state in ("waiting", "working")
+                for other, job in list(self.jobs.items())[: list(self.jobs).index(name)]
+                if other != name
+            )
+
+    def forget(self) -> None:
+        """Drop finished jobs that are old or many; those that wait are never dropped."""
+        with self.lock:
+            finished = [name for name, job in self.jobs.items() if job.state in ("done", "failed")]
+            now = time.monotonic()
+            for place, name in enumerate(finished):
+                if place < len(finished) - KEEP_JOBS or now - self.jobs[name].created > KEEP_SECONDS:
+                    del self.jobs[name]
+
+    def _work(self) -> None:
+        while True:
+            try:
+                name = self.todo.get(timeout=30)
+            except queue.Empty:
+                self.forget()
+                continue
+            if not name:
+                return
+            job = self.jobs[name]
+            job.state = "working"
+            try:
+                self._do(job)
+                job.state = "done"
+            except ms.UserError as error:
+                job.state, job.message = "failed", str(error)
+            except Exception as error:  # the page must answer, whatever a picture does to a library
+                job.state, job.message = "failed", f"this picture cannot be enhanced ({type(error).__name__})"
+            job.data = b""
+            self.forget()
+
+    def _do(self, job: Job) -> None:
+        started = time.perf_counter()
+        job.picture = ms.read_picture(io.BytesIO(job.data))
+        model, config, runtime = self.load(job.model)
+        wanted = dataclasses.replace(config, samples=job.samples, uncertainty=job.uncertainty)
+        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, runtime)
+        job.seconds = time.perf_counter() - started
+
+
+class InMemoryRequest(flask.Request):
+    """Werkzeug would put an upload above 500 kB into a temporary file."""
+
+    def _get_file_stream(self, *_: Any, **__: Any) -> io.BytesIO:
+        return io.BytesIO()
+
+
+@functools.cache
+def sample_picture(name: str) -> bytes:
+    """A photograph that ships with scikit-image, as the demo's simulated sensor saw it: a PNG."""
+    rng = np.random.default_rng(0)
+    high = np.asarray(ms.demo_photograph(name))[:512, :512]
+    return ms.encode_picture(ms.simulate_infrared(high, rng), ".png", ms.Picture(high))
+
+
+def make_app(studio: Studio, megabytes: float) -> flask.Flask:
+    """The page and its few addresses; `megabytes` limits an upload."""
+    app = flask.Flask(__name__, static_folder=None)
+    app.request_class = InMemoryRequest
+    app.config["MAX_CONTENT_LENGTH"] = int(megabytes * 2**20)
+    app.config["MAX_FORM_MEMORY_SIZE"] = app.config["MAX_CONTENT_LENGTH"]
+
+    def say(status: int, message: str) -> flask.Response:
+        response = flask.jsonify(error=message)
+        response.status_code = status
+        return response
+
+    def find(name: str) -> Job:
+        job = studio.jobs.get(name)
+        if job is None:
+            flask.abort(say(404, "this result is no longer kept; upload the picture again"))
+        return job
+
+    def finished(name: str) -> Job:
+        job = find(name)
+        if job.enhanced is None:
+            flask.abort(say(409, job.message or "not ready yet"))
+        return job
+
+    def number(name: str, default: float, low: float, high: float) -> float:
+        try:
+            value = float(flask.request.values.get(name, default))
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            flask.abort(say(400, f"{name} must be a number in [{low:g}, {high:g}]"))
+        return value
+
+    @app.get("/")
+    def page() -> flask.Response:
+        nonce = secrets.token_urlsafe(16)
+        options = {"models": list(studio.models), "samples": SAMPLES, "megabytes": megabytes, "nonce": nonce}
+        response = flask.Response(flask.render_template("page.html", **options), mimetype="text/html")
+        response.headers["Content-Security-Policy"] = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:; "
+            "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+        )
+        return response
+
+    @app.get("/samples/<name>")
+    def sample(name: str) -> flask.Response:
+        if name not in SAMPLES:
+            return say(404, "no such sample")
+        return flask.Response(sample_picture(name), mimetype="image/png")
+
+    @app.post("/jobs")
+    def submit() -> flask.Response:
+        origin = flask.request.headers.get("Origin")
+        if origin and origin.split("://", 1)[-1] != flask.request.host:
+            return say(403, "uploads are taken from this page alone")
+        upload = flask.request.files.get("picture")
+        if upload is None:
+            return say(400, "choose a picture first")
+        model = flask.request.form.get("model", next(iter(studio.models)))
+        if model not in studio.models:
+            return say(400, "no such model")
+        samples, uncertainty = int(number("samples", 0, 0, 4)), flask.request.form.get("uncertainty") == "1"
+        try:
+            name = studio.submit(upload.stream.read(), model, samples, uncertainty)
+        except ms.UserError as error:
+            return say(400, str(error))
+        except TooBusy:
+            return say(503, "too many pictures are waiting; try again in a moment")
+        response = flask.jsonify(job=name)
+        response.status_code = 202
+        return response
+
+    @app.get("/jobs/<name>")
+    def status(name: str) -> flask.Response:
+        job = find(name)
+        answer: dict[str, Any] = {"state": job.state, "message": job.message, "seconds": round(job.seconds, 2)}
+        if job.state == "waiting":
+            answer["before"] = studio.place(name)
+        if job.enhanced is not None and job.picture is not None:
+            height, width = job.picture.pixels.shape[:2]
+            deviation = job.enhanced.deviation
+            answer |= {"width": width, "height": height, "samples": len(job.enhanced.samples), "note": job.picture.note}
+            answer |= {"deviation": None if deviation is None else round(float(deviation.mean()), 5)}
+        return flask.jsonify(answer)
+
+    def picture_response(data: bytes, kind: str, download: str = "") -> flask.Response:
+        response = flask.Response(data, mimetype=f"image/{kind}")
+        if download:
+            response.headers["Content-Disposition"] = f'attachment; filename="{download}.{kind}"'
+        return response
+
+    @app.get("/jobs/<name>/<what>")
+    def picture(name: str, what: str) -> flask.Response:
+        job = finished(name)
+        whole = flask.request.args.get("full") == "1"
+        if what == "uncertainty" and job.enhanced.deviation is not None:
+            return picture_response(encode_view(ms.heat_map(job.enhanced.deviation), whole), "png" if whole else "jpeg")
+        if what == "low":
+            pixels = job.picture.pixels
+            shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+            return picture_response(encode_view(shallow, False), "jpeg")
+        choices = {"enhanced": job.enhanced.best, **{f"sample{n}": s for n, s in enumerate(job.enhanced.samples, 1)}}
+        if what not in choices:
+            return say(404, "no such picture")
+        deep = whole and job.picture.pixels.dtype == np.uint16
+        pixels = ms.level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
+        if whole:
+            return picture_response(ms.encode_picture(pixels, ".png", job.picture), "png", what)
+        return picture_response(encode_view(pixels, False), "jpeg")
+
+    @app.errorhandler(413)
+    def too_large(_: Exception) -> flask.Response:
+        return say(413, f"the file is larger than {megabytes:g} MB, the limit of this page")
+
+    @app.errorhandler(404)
+    @app.errorhandler(405)
+    @app.errorhandler(400)
+    def wrong(error: Any) -> flask.Response:
+        return error.response or say(error.code, error.name.lower())
+
+    @app.after_request
+    def guard(response: flask.Response) -> flask.Response:
+        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["X-Frame-Options"] = "DENY"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    return app
+
+
+def encode_view(pixels: np.ndarray, whole: bool) -> bytes:
+    """uint8 pixels for the page: a JPEG of at most 2048 pixels a side, or a PNG of the whole."""
+    encoded, image = io.BytesIO(), Image.fromarray(pixels)
+    if whole:
+        image.save(encoded, "PNG")
+    else:
+        image.thumbnail((2048, 2048))
+        image.save(encoded, "JPEG", quality=92)
+    return encoded.getvalue()
+
+
+def find_checkpoints(given: Sequence[str]) -> list[Path]:
+    """Those given, or every best_model.pth and *.pth under checkpoints/ that holds a model. Raises UserError for none."""
+    if given:
+        for path in given:
+            ms.load_checkpoint(path)
+        return [Path(path) for path in given]
+    found = []
+    for path in sorted((ROOT / "checkpoints").rglob("*.pth"), key=lambda path: (path.name != "best_model.pth", str(path))):
+        try:
+            ms.load_checkpoint(str(path))
+        except ms.UserError:
+            continue
+        found.append(path)
+    if not found:
+        raise ms.UserError("checkpoints: no weights found; train a model, or name one with --checkpoint FILE")
+    return found
+
+
+def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitress.serve) -> int:
+    """Serve the page until Ctrl-C; returns the exit status."""
+    parser = ms.OneLineParser(description="A local page that enhances photographs.", allow_abbrev=False)
+    parser.add_argument("--checkpoint", metavar="FILE", action="append", default=[], help="weights to offer; repeatable")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine alone")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-megabytes", type=float, default=40, help="largest upload")
+    parser.add_argument("--max-megapixels", type=float, default=50, help="largest picture")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="config key, as in model_script.py")
+    try:
+        arguments = parser.parse_args(argv)
+        settings = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
+        studio = Studio(find_checkpoints(arguments.checkpoint), settings, arguments.max_megapixels)
+        studio.load(next(iter(studio.models)))
+        app = make_app(studio, arguments.max_megabytes)
+        print(f"open http://{arguments.host}:{arguments.port}/ in a browser; Ctrl-C ends", flush=True)
+        # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary files
+        room = int(arguments.max_megabytes * 2**20) + 2**20
+        limits = dict(max_request_body_size=room, inbuf_overflow=room, outbuf_overflow=2**30, channel_timeout=60)
+        try:
+            serve(app, host=arguments.host, port=arguments.port, threads=8, ident=None, **limits)
+        finally:
+            studio.close()
+        return 0
+    except ms.UserError as error:
+        return ms.complain(error)
+    except OSError as error:
+        return ms.complain(ms.UserError(f"--port {arguments.port}: cannot listen ({error.strerror}); choose another"))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
