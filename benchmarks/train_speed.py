@@ -75,6 +75,17 @@ class StandIn(nn.Module):
         self.project, self.unproject = nn.Conv2d(3, CHANNELS, 1), nn.Conv2d(CHANNELS, 3, 1)
         self.couplings = nn.ModuleList([StandInCoupling(False), StandInCoupling(True)])
 
+    def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """Back through the couplings to a picture."""
+        for coupling in reversed(self.couplings):
+            latent = coupling(latent, condition, inverse=True)[0]
+        return self.unproject(latent).sigmoid()
+
+    def enhance(self, low: Tensor) -> Tensor:
+        """The deterministic pass: decode the prior's mean."""
+        condition = self.encoder(low)
+        return self.decode(self.prior_mean(condition), condition)
+
     def loss(self, low: Tensor, high: Tensor) -> Tensor:
         """Encode for the likelihood, decode for the picture's losses."""
         condition = self.encoder(low)
@@ -84,10 +95,7 @@ class StandIn(nn.Module):
             latent, change = coupling(latent, condition)
             log_det = log_det + change
         nll = 0.5 * ((latent - mean) ** 2).mean() - log_det
-        picture = mean
-        for coupling in reversed(self.couplings):
-            picture = coupling(picture, condition, inverse=True)[0]
-        enhanced = self.unproject(picture).sigmoid()
+        enhanced = self.decode(mean, condition)
         histograms = (soft_histogram(enhanced) - soft_histogram(high)).cumsum(-1).abs().mean()
         return nll + F.l1_loss(enhanced, high) + histograms
 

@@ -1,0 +1,122 @@
+"""Short training runs of equal budget that differ in one thing each, scored on the validation scenes.
+
+    python benchmarks/ablation.py [VARIANT ...] [--minutes 5] [--seed 0] [--set KEY=VALUE ...]
+
+Every run is `model_script.py --mode train --config release_train_config.json` with its schedule cut to --minutes and the
+settings of its variant; the three variants that need another model get it here. Without names all variants run; each
+adds a line to results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir and
+train_high_dir of the recipe. Evaluation pictures play no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model_script as ms  # noqa: E402
+
+
+class WithoutGlobal(ms.ConditionalFlow):
+    """The local branch alone: of the whole picture it knows the mean brightness."""
+
+    def survey(self, thumbnail: Tensor) -> ms.Survey:
+        survey = super().survey(thumbnail)
+        return survey._replace(grid=survey.grid * 0, colour=survey.colour * 0)
+
+
+class WithoutFlow(ms.ConditionalFlow):
+    """Direct regression by the two branches: the mean is the picture in logit space, no coupling touches it."""
+
+    def decode(self, latent: Tensor, condition: ms.Condition) -> Tensor:
+        squeezes = [layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))]
+        for layer in reversed(squeezes):
+            latent = layer.inverse(latent)[0]
+        return ms.requantise(latent)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "without global branch": {"model": WithoutGlobal},
+    "without flow (direct regression)": {"model": WithoutFlow, "nll_weight": 0.0},
+    "L1 only": {"nll_weight": 0.0, "ssim_weight": 0.0, "colour_weight": 0.0},
+    "without NLL": {"nll_weight": 0.0},
+    "without colour loss": {"colour_weight": 0.0},
+    "colour loss, published wide kernel": {"histogram_kernel": "inverse_quadratic", "histogram_sigma": 0.05},
+    "without SSIM": {"ssim_weight": 0.0},
+    "augmentation off": {"flips": False, "window_min": 1.0, "exposure_gain": 0.0, "channel_gain": 0.0},
+    "EMA off": {"ema_decay": 0.0},
+    "1 coupling a scale": {"num_flow_blocks": 1},
+    "4 couplings a scale": {"num_flow_blocks": 4},
+    "crops of 96": {"crop_size": 96},
+    "crops of 192": {"crop_size": 192},
+    "batch 1": {"batch_size": 1},
+    "batch 4": {"batch_size": 4},
+    "batch 8": {"batch_size": 8},
+}
+COLUMNS = ("psnr", "ssim", "psnr_gt_mean", "ciede2000", "colourfulness_ratio", "wasserstein", "bits_per_dim")
+
+
+def train_and_score(name: str, minutes: float, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a variant's best weights on its validation pairs at native size."""
+    settings = ms.read_config_file(str(ROOT / "release_train_config.json"))
+    variant = dict(VARIANTS[name])
+    model_class = variant.pop("model", ms.ConditionalFlow)
+    folder = ROOT / "runs" / "ablation" / f"{name.replace(' ', '_')}_{seed}"
+    budget = dict(max_minutes=minutes, num_epochs=100_000, val_freq=100_000, save_freq=100_000, warmup_steps=100)
+    budget |= dict(ema_decay=0.99, checkpoint_dir=str(folder), log_dir=str(folder / "logs"), seed=seed)
+    config = ms.apply_settings(ms.Config(), settings | budget | overrides | variant, "ablation")
+    trainer = ms.Trainer(config, model_class)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit()
+    model, rows = trainer.ema.module.eval(), []
+    with torch.no_grad(), trainer.runtime.autocast():
+        for index in trainer.validation:
+            low, high = (ms.to_tensor(pixels)[None] for pixels in trainer.held_out[index])
+            pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (model.enhance(low).float(), high)]
+            bits = float(model.likelihood(high, low)[0]) if config.nll_weight else float("nan")
+            rows.append(ms.image_metrics(*pictures) | {"bits_per_dim": bits})
+    means = {column: round(float(np.mean([row[column] for row in rows])), 4) for column in COLUMNS}
+    shown = {key: value.__name__ if isinstance(value, type) else value for key, value in VARIANTS[name].items()}
+    return {
+        "variant": name,
+        "seed": seed,
+        "minutes": minutes,
+        "steps": trainer.step,
+        **means,
+        "settings": str(shown | overrides),
+    }
+
+
+def main() -> None:
+    """Run the named variants, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.variants) - VARIANTS.keys():
+        parser.error(f"unknown variant {unknown.pop()!r}; there are {', '.join(VARIANTS)}")
+    overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
+    table = ROOT / "results" / "ablation.csv"
+    for name in arguments.variants or VARIANTS:
+        row = train_and_score(name, arguments.minutes, arguments.seed, overrides)
+        rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
+        ms.write_csv(table, [*rows, row])
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
