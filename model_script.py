@@ -161,6 +161,7 @@ class Config:
     keep_checkpoints: int = knob(3, "newest epoch checkpoints kept", low=1, high=1_000_000)
     init_from: str = knob("", "checkpoint whose weights a new training starts from")
     # evaluation and enhancement
+    scenes: str = knob("", "evaluate: only the pairs of these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: native for models trained on crops, else image_size")
     temperature: float = knob(
         0.0, "spread of the latent around its mean, in prior deviations; 0: the one best answer", low=0.0, high=10.0
@@ -702,6 +703,16 @@ def find_pairs(low_dir: str, high_dir: str, kind: str, log: Callable[[str], None
             f"{kind}_low_dir: no file in {low_dir} shares its stem with one in {high_dir}; pairs are matched by stem"
         )
     return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
+
+
+def choose_scenes(pairs: list[Pair], scenes: str) -> list[Pair]:
+    """The pairs whose stems the list `scenes` names, in its order; all for an empty one. Raises UserError for others."""
+    known = {pair.name: pair for pair in pairs}
+    wanted = [stem.strip() for stem in scenes.split(",") if stem.strip()]
+    for stem in wanted:
+        if stem not in known:
+            raise UserError(f"scenes: no pair has the stem {stem}; there are {len(known)}, from {min(known)} to {max(known)}")
+    return [known[stem] for stem in dict.fromkeys(wanted)] or pairs
 
 
 class PairStore:
@@ -2026,7 +2037,7 @@ def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | 
 def evaluate(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
     """--mode evaluate."""
     model, config, runtime, checkpoint = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
-    store = PairStore(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config)
+    store = PairStore(choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes), config)
     twins = training_twins(store, checkpoint)
     folder = results_folder(config.results_dir, "eval")
     size = evaluation_size(config)

@@ -197,6 +197,23 @@ def test_without_the_training_thumbnails_no_pair_is_flagged(
         assert [row["twin_in_training"] for row in csv.DictReader(stream)] == ["", "", ""]
 
 
+def test_chosen_scenes_are_evaluated_alone(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [f"eval_{kind}_dir={workshop.folder / 'data/eval' / kind}" for kind in ("low", "high")]
+    common = [part for text in (*folders, f"results_dir={workshop.folder / 'some'}") for part in ("--set", text)]
+    arguments = ["--mode", "evaluate", "--checkpoint", str(workshop.checkpoint), *common]
+    assert ms.main([*arguments, "--set", "scenes=2, 0"]) == 0
+    (results,) = (workshop.folder / "some").glob("eval_*")
+    with open(results / "metrics.csv", newline="", encoding="utf-8") as stream:
+        found = {row["filename"]: row for row in csv.DictReader(stream)}
+    assert list(found) == ["2.png", "0.png"]
+    whole = {row["filename"]: row for row in workshop.rows()}
+    assert all(found[name]["psnr"] == whole[name]["psnr"] for name in found)
+    shutil.rmtree(workshop.folder / "some")
+    capsys.readouterr()
+    assert_one_line_error(ms.main([*arguments, "--set", "scenes=0,9"]), capsys.readouterr().err.split("\n")[-2], "scenes", "9")
+    assert not (workshop.folder / "some").exists()
+
+
 # enhance -------------------------------------------------------------------------------------------------------------
 
 
