@@ -41,7 +41,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -382,7 +382,8 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
     check_together(dataclasses.replace(default, **settings), "--set" if overrides else source)
     arguments.settings = settings
     if arguments.checkpoint is None and "checkpoint" in takes.get(arguments.mode, ()):
-        arguments.checkpoint = str(RELEASE)
+        theirs = Path(settings.get("checkpoint_dir", default.checkpoint_dir)) / "best_model.pth"
+        arguments.checkpoint = str(RELEASE if config_class is Config else theirs)
     return arguments
 
 
@@ -1201,6 +1202,8 @@ def bits_per_dim(log_likelihood: Tensor, dimensions: int) -> Tensor:
 class ConditionalFlow(nn.Module):
     """p(high | low): an exact flow whose prior N(mu(low), sigma^2 I) has mu from a global and a local branch."""
 
+    system = "ConditionalFlow"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = config.flow_channels // 2
@@ -1438,8 +1441,21 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str, settings: dict[str,
     return apply_settings(config, settings, "config")
 
 
+def system_of(model_class: type[nn.Module]) -> str:
+    """The name that a model's checkpoints carry, so that no other system reads them."""
+    return getattr(model_class, "system", model_class.__name__)
+
+
+def check_system(checkpoint: dict[str, Any], path: str, model_class: type[nn.Module]) -> None:
+    """Raises UserError when the checkpoint is another system's."""
+    theirs, ours = checkpoint.get("system", ConditionalFlow.system), system_of(model_class)
+    if theirs != ours:
+        raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; use the script that trained them")
+
+
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
     """Put a checkpoint's weights into `model`. Raises UserError when they do not fit or are not finite."""
+    check_system(checkpoint, path, type(model))
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError):
@@ -1616,6 +1632,11 @@ def learning_rate_at(progress: float, step: int, config: Config) -> float:
     return config.learning_rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
 
+def adamw(parameters: Iterable[Any], config: Config) -> torch.optim.Optimizer:
+    """AdamW over parameters or groups of them; a group's `lr_scale` multiplies the scheduled learning rate."""
+    return torch.optim.AdamW(parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+
+
 def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
     """Exponential moving average of the weights; its decay warms up as (1 + n) / (10 + n), so that it forgets the start."""
 
@@ -1683,9 +1704,8 @@ class Trainer:
             load_weights(model, load_checkpoint(config.init_from), config.init_from)
         self.model = self.runtime.place(model)
         self.ema = averaged_model(self.model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-        )
+        own = getattr(self.model, "make_optimizer", None)
+        self.optimizer = own() if own else adamw(self.model.parameters(), config)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.step, self.minutes, self.best, self.kept = 0, 0.0, -math.inf, []
         self.run_id = datetime.now().strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex()
@@ -1714,6 +1734,7 @@ class Trainer:
         """What enhancement needs: averaged weights, the config, where they come from, and how to know the training pictures."""
         return {
             "run_id": self.run_id,
+            "system": system_of(type(self.ema.module)),
             "config": dataclasses.asdict(self.config),
             "model": self.ema.module.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
@@ -1827,9 +1848,12 @@ class Trainer:
     def _train_step(self, batch: Sample) -> tuple[dict[str, float], float, float]:
         """One update; returns the loss terms, the gradient's norm before clipping and the learning rate."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and dequantisation noise repeat on resume
-        rate = learning_rate_at(self._progress(), self.step, self.config)
+        progress = self._progress()
+        if hasattr(self.model, "begin_step"):
+            self.model.begin_step(progress)
+        rate = getattr(self.model, "learning_rate_at", learning_rate_at)(progress, self.step, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with self.runtime.autocast():
             terms = self.model.losses(batch)
@@ -1883,17 +1907,20 @@ class Trainer:
                 low, high = (resize(image, self.config.image_size, quantise=True) for image in (low, high))
             with self.runtime.autocast():
                 enhanced = model.enhance(low)
-                bits, latent = model.likelihood(high, low)
+                bits, latent = model.likelihood(high, low) if hasattr(model, "likelihood") else (math.nan, None)
             pixels = [image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)]
             scores.append({"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": float(bits)})
             if len(shown) < 4:
-                shown.append(torch.cat([low[0], enhanced[0], high[0]], dim=-1).cpu())
-                latents.append(latent.flatten().cpu())
+                extra = model.pictures(low).values() if hasattr(model, "pictures") else []
+                shown.append(torch.cat([low[0], enhanced[0], high[0], *(picture[0] for picture in extra)], dim=-1).cpu())
+                latents += [] if latent is None else [latent.flatten().cpu()]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+        means = {name: value for name, value in means.items() if not math.isnan(value)}
         self._scalars({f"validation/{name}": value for name, value in means.items()})
         for place, image in enumerate(shown):
             self.writer.add_image(f"validation/low_enhanced_high_{place}", image.clamp(0, 1), self.step)
-        self.writer.add_histogram("validation/standardised_latent", torch.cat(latents), self.step)
+        if latents:
+            self.writer.add_histogram("validation/standardised_latent", torch.cat(latents), self.step)
         better = means["psnr"] > self.best
         if better:
             self.best = means["psnr"]
@@ -1924,6 +1951,7 @@ def train(arguments: argparse.Namespace, model_class: type[nn.Module], config_cl
 def load_model(path: str, settings: dict[str, Any], model_class: type[nn.Module], config_class: type[Config]) -> Any:
     """(model, its config under `settings`, runtime, checkpoint content) for evaluation and enhancement."""
     checkpoint = load_checkpoint(path)
+    check_system(checkpoint, path, model_class)
     here = {"device": "auto", "results_dir": config_class().results_dir}  # the training's own say nothing about this use
     config = checkpoint_config(checkpoint, path, here | settings, config_class)
     runtime = choose_runtime(config)
@@ -1946,6 +1974,7 @@ class Scored(NamedTuple):
     enhanced: Tensor
     high: Tensor
     row: dict[str, Any]
+    extra: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -1972,7 +2001,8 @@ def score_pairs(
         if lpips_of:
             row |= {"lpips": lpips_of(ours, target), "lpips_gt_mean": lpips_of(match_mean(ours, target), target)}
         row |= {"twin_in_training": twins[index], "seconds": seconds}
-        yield Scored(low[0].cpu(), enhanced[0], high[0].cpu(), row)
+        extra = model.pictures(low) if hasattr(model, "pictures") else {}
+        yield Scored(low[0].cpu(), enhanced[0], high[0].cpu(), row, {name: image[0].cpu() for name, image in extra.items()})
 
 
 LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
@@ -2048,7 +2078,8 @@ def evaluate(arguments: argparse.Namespace, model_class: type[nn.Module], config
         strips = []
         for scored in score_pairs(model, store, config, runtime, twins):
             name = Path(scored.row["filename"]).stem
-            write_image(temporary / "images" / f"{name}.png", scored.enhanced)
+            for suffix, picture in {"": scored.enhanced, **{f"_{key}": value for key, value in scored.extra.items()}}.items():
+                write_image(temporary / "images" / f"{name}{suffix}.png", picture)
             scores = f"{scored.row['psnr']:.2f} dB  SSIM {scored.row['ssim']:.3f}  dE {scored.row['ciede2000']:.1f}"
             strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
             write_image(temporary / "images" / f"{name}_viz.png", strip)
@@ -2693,8 +2724,18 @@ def main(
 ) -> int:
     """Run one mode; returns the exit status.
 
-    Another model with the same interface (`losses`, `enhance`, optionally `likelihood`) brings its class and a subclass of
-    Config, whose file needs `from __future__ import annotations`, as its fields' types are read as text.
+    Another model brings its class and a subclass of Config, whose file needs `from __future__ import annotations`, as its
+    fields' types are read as text. The class is built from its config and has
+
+    losses(batch: Sample) -> dict of named scalar tensors, whose sum is minimised
+    enhance(low (B, 3, H, W), temperature) -> the same shape, in [0, 1], for any sides of at least 16
+
+    and where it wants to
+
+    likelihood(high, low) -> (bits per dimension (B,), standardised latent); pictures(low) -> further pictures (B, 3, h, w)
+    by name, for TensorBoard and results; make_optimizer() -> its own optimizer, see `adamw`; learning_rate_at, its own
+    schedule; begin_step(progress), told before every step the share of the run that is done, for training in stages (what
+    it does must follow from `progress` alone, so that a resumed run does the same); reach, survey and condition, for tiles.
     """
     try:
         arguments = parse_command_line(argv, config_class)

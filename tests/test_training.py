@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -527,3 +528,85 @@ def test_mixed_precision_on_the_cpu(
 def test_use_amp_runs_whatever_the_processor(data: Path, tmp_path: Path) -> None:
     weights = trained_with(data, tmp_path, use_amp=True)
     assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+# another system under the same roof -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class GammaConfig(ms.Config):
+    """A config of its own, with one more key."""
+
+    start: float = ms.knob(1.0, "the exponent to start from", low=0.1, high=10.0)
+
+
+class Gamma(torch.nn.Module):
+    """A model of two numbers, trained in two stages by two groups of one optimizer, with a picture of its own."""
+
+    def __init__(self, config: GammaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.exponent = torch.nn.Parameter(torch.tensor(config.start))
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+        self.seen: list[float] = []
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return ms.adamw([{"params": [self.exponent]}, {"params": [self.gain], "lr_scale": 0.5}], self.config)
+
+    def learning_rate_at(self, progress: float, step: int, config: GammaConfig) -> float:
+        return 0.01 if progress < 0.5 else 0.001
+
+    def begin_step(self, progress: float) -> None:
+        self.seen.append(progress)
+        self.exponent.requires_grad_(progress < 0.5)
+        self.gain.requires_grad_(progress >= 0.5)
+
+    def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
+        return (self.gain * low.clamp(min=1e-3) ** self.exponent).clamp(0, 1)
+
+    def losses(self, batch: ms.Sample) -> dict[str, torch.Tensor]:
+        return {"l1": (self.enhance(batch.low) - batch.high).abs().mean()}
+
+    def pictures(self, low: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"negative": 1 - low}
+
+
+def test_another_system_trains_in_stages_and_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_data(tmp_path)
+    settings = tiny_config(tmp_path, start=1.5, num_epochs=4, weight_decay=0.0)
+    path = tmp_path / "gamma.json"
+    path.write_text(json.dumps(settings))
+
+    def run(*arguments: str) -> int:
+        return ms.main([*arguments, "--config", str(path)], Gamma, GammaConfig)
+
+    trainers: list[ms.Trainer] = []
+    train_step = ms.Trainer._train_step
+
+    def spy(trainer: ms.Trainer, batch: ms.Sample) -> object:
+        before = trainer.model.exponent.item(), trainer.model.gain.item()
+        result = train_step(trainer, batch)
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        early = trainer.model.seen[-1] < 0.5
+        assert rates == ([0.01, 0.005] if early else [0.001, 0.0005])
+        assert (trainer.model.exponent.item() != before[0]) == early and (trainer.model.gain.item() != before[1]) != early
+        trainers.append(trainer)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ms.Trainer, "_train_step", spy)
+        assert run("--mode", "train") == 0
+    assert trainers[-1].model.seen == [step / 20 for step in range(20)]
+    assert "bits_per_dim" not in capsys.readouterr().out
+    assert run("--mode", "evaluate") == 0  # its own best_model.pth is the default
+    (results,) = (tmp_path / "results").glob("eval_*")
+    assert (results / "images" / "0_negative.png").exists()
+    assert run("--mode", "enhance", "--input", str(tmp_path / "data/eval/low/0.png"), "--output", str(tmp_path / "o.png")) == 0
+    capsys.readouterr()
+    weights = str(tmp_path / "ckpt" / "best_model.pth")
+    assert ms.main(["--mode", "evaluate", "--checkpoint", weights, *flow_folders(tmp_path)]) == 2
+    assert "weights of Gamma, not of ConditionalFlow" in capsys.readouterr().err
+
+
+def flow_folders(folder: Path) -> list[str]:
+    return ["--set", f"eval_low_dir={folder / 'data/eval/low'}", "--set", f"eval_high_dir={folder / 'data/eval/high'}"]
