@@ -110,8 +110,8 @@ def main() -> None:
     common = ["--mode", "enhance", "--checkpoint", arguments.checkpoint, *(f"--set={text}" for text in arguments.set)]
     with tempfile.TemporaryDirectory() as name:
         folder_run(common, Path(name))
+        scaling(common, Path(name), arguments.largest)  # before torch is here: a child counts its parent's memory at birth
         against_stand_in(arguments.checkpoint, arguments.set, arguments.rounds)
-        scaling(common, Path(name), arguments.largest)
 
 
 if __name__ == "__main__":

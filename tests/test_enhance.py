@@ -109,23 +109,28 @@ def test_samples_and_uncertainty_do_not_depend_on_the_tiles() -> None:
     np.testing.assert_allclose(whole.deviation, tiled.deviation, atol=1e-4)
 
 
-@pytest.mark.parametrize(("height", "width", "side", "halo"), [(4000, 6000, 800, 112), (16, 16, 64, 8), (65, 64, 64, 24)])
-def test_tiles_cover_every_pixel_once(height: int, width: int, side: int, halo: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "side", "halo"),
+    [(4000, 6000, 800, 112), (16, 16, 64, 8), (65, 64, 64, 24), (401, 1203, 64, 112), (289, 289, 64, 112), (997, 17, 128, 16)],
+)
+def test_tiles_cover_every_pixel_once_and_are_of_one_size(height: int, width: int, side: int, halo: int) -> None:
     seen = np.zeros((height, width), np.uint8)
+    sizes = set()
     for core, outer in ms.plan_tiles(height, width, side, halo):
         seen[core[0] : core[1], core[2] : core[3]] += 1
-        assert core[1] - core[0] <= side and core[3] - core[2] <= side
         assert outer[0] % 8 == outer[2] % 8 == 0  # strides and squeezes fall on the same pixels as in the whole picture
-        assert outer[0] == max(0, core[0] - halo) and outer[1] == min(height, core[1] + halo)
-        assert outer[2] == max(0, core[2] - halo) and outer[3] == min(width, core[3] + halo)
-    assert (seen == 1).all()
+        for axis, full in ((0, height), (2, width)):
+            assert outer[axis] <= max(0, core[axis] - halo) and outer[axis + 1] >= min(full, core[axis + 1] + halo)
+            assert outer[axis + 1] - outer[axis] <= side + 2 * halo
+        sizes.add((-(-(outer[1] - outer[0]) // 8), -(-(outer[3] - outer[2]) // 8)))  # in blocks of 8, as the model pads
+    assert (seen == 1).all() and len(sizes) == 1
 
 
 def test_the_tile_follows_the_memory() -> None:
     model = small_model()
-    sides = [ms.tile_side(model, with_settings(model, memory_megabytes=size), CPU) for size in (64, 600, 4000)]
+    sides = [ms.tile_side(model, with_settings(model, memory_megabytes=size)) for size in (64, 600, 4000)]
     assert sides == sorted(set(sides)) and all(side % 8 == 0 for side in sides)
-    assert ms.tile_side(model, with_settings(model, tile_size=320), CPU) == 320
+    assert ms.tile_side(model, with_settings(model, tile_size=320)) == 320
 
 
 @pytest.mark.parametrize("size", [(700, 300), (256, 40), (257, 513)])
