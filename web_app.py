@@ -4,7 +4,7 @@
     python web_app.py [--checkpoint FILE ...] [--host 127.0.0.1] [--port 8000] [--set KEY=VALUE ...]
 
 An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place the page shows) and
-forgotten after KEEP_SECONDS or as soon as KEEP_JOBS newer ones are there. File names of uploads are never used.
+forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES. File names of uploads are never used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import baselines
 import model_script as ms
 
 try:
@@ -33,7 +34,7 @@ except ImportError as missing:
     sys.exit(f"error: the page needs the package {missing.name}; run pip install flask waitress")
 
 ROOT = Path(__file__).resolve().parent
-KEEP_JOBS, KEEP_SECONDS, LONGEST_QUEUE = 12, 900, 32
+KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
 SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
 
 
@@ -55,6 +56,13 @@ class Job:
     seconds: float = 0.0
     picture: ms.Picture | None = None
     enhanced: ms.Enhanced | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds."""
+        arrays = [self.picture.pixels, self.picture.alpha] if self.picture else []
+        arrays += [self.enhanced.best, *self.enhanced.samples, self.enhanced.deviation] if self.enhanced else []
+        return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
 
 
 class Studio:
@@ -80,7 +88,11 @@ class Studio:
         return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
 
     def _load(self, label: str) -> tuple[Any, ms.Config, ms.Runtime]:
-        return ms.load_model(str(self.models[label]), self.settings, ms.ConditionalFlow, ms.Config)[:3]
+        path = str(self.models[label])
+        system = ms.load_checkpoint(path).get("system", ms.ConditionalFlow.system)
+        if system not in baselines.SYSTEMS:
+            raise ms.UserError(f"{path}: weights of {system}, which this page does not know")
+        return ms.load_model(path, self.settings, *baselines.classes(system))[:3]
 
     def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
         """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy when too many wait."""
@@ -89,8 +101,8 @@ class Studio:
         if width * height > self.megapixels * 1e6:
             raise ms.UserError(f"the picture has {width * height / 1e6:.1f} megapixels; this page takes {self.megapixels:g}")
         with self.lock:
-            waiting = sum(job.state in ("waiting", "working") for job in self.jobs.values())
-            if waiting >= LONGEST_QUEUE:
+            waiting = [job for job in self.jobs.values() if job.state in ("waiting", "working")]
+            if len(waiting) >= LONGEST_QUEUE or sum(job.size for job in waiting) + len(data) > KEEP_BYTES:
                 raise TooBusy
             name = secrets.token_urlsafe(16)
             self.jobs[name] = Job(data, model, samples, uncertainty)
@@ -107,12 +119,13 @@ class Studio:
             )
 
     def forget(self) -> None:
-        """Drop finished jobs that are old or many; those that wait are never dropped."""
+        """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and those that wait."""
         with self.lock:
             finished = [name for name, job in self.jobs.items() if job.state in ("done", "failed")]
-            now = time.monotonic()
-            for place, name in enumerate(finished):
-                if place < len(finished) - KEEP_JOBS or now - self.jobs[name].created > KEEP_SECONDS:
+            held, now = 0, time.monotonic()
+            for age, name in enumerate(reversed(finished)):
+                held += self.jobs[name].size
+                if (held > KEEP_BYTES and age) or now - self.jobs[name].created > KEEP_SECONDS:
                     del self.jobs[name]
 
     def _work(self) -> None:

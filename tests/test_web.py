@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import tempfile
 import threading
 import time
@@ -245,7 +246,8 @@ def test_the_queue_shows_its_place_and_refuses_when_full(slow: tuple[Any, Slow, 
 
 def test_old_results_are_forgotten(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
     client, work, studio = slow
-    monkeypatch.setattr(web_app, "KEEP_JOBS", 3)
+    size = LOW.nbytes + 40 * 48 * 3 * 2  # a result and its input
+    monkeypatch.setattr(web_app, "KEEP_BYTES", 3 * size + 100)
     names = []
     for _ in range(6):
         work.gate.release()
@@ -256,6 +258,16 @@ def test_old_results_are_forgotten(slow: tuple[Any, Slow, web_app.Studio], monke
     monkeypatch.setattr(web_app, "KEEP_SECONDS", -1)
     studio.forget()
     assert studio.jobs == {}
+
+
+def test_waiting_uploads_are_bounded_by_their_bytes(
+    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _, studio = slow
+    data = encoded(LOW)
+    monkeypatch.setattr(web_app, "KEEP_BYTES", 2 * len(data) + 100)
+    assert [upload(client, data).status_code for _ in range(4)] == [202, 202, 503, 503]
+    assert len(studio.jobs) == 2
 
 
 def test_a_crash_of_a_library_is_an_answer(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,3 +321,57 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         port = str(taken.getsockname()[1])
         status = web_app.main(["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port])
     assert_one_line_error(status, capsys.readouterr().err, "--port", port)
+
+
+# the real server -----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None:
+    """Through waitress, as the command line serves it."""
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    import waitress
+
+    server = waitress.create_server(web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    base = f"http://127.0.0.1:{server.effective_port}"
+    head = b'--line\r\nContent-Disposition: form-data; name="picture"; filename="p.png"\r\n\r\n'
+    body = head + encoded(LOW) + b"\r\n--line--\r\n"
+
+    def one(_: int) -> bytes:
+        kind = {"Content-Type": "multipart/form-data; boundary=line"}
+        with urllib.request.urlopen(urllib.request.Request(f"{base}/jobs", body, kind), timeout=60) as answer:
+            job = json.load(answer)["job"]
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            with urllib.request.urlopen(f"{base}/jobs/{job}", timeout=60) as answer:
+                if json.load(answer)["state"] == "done":
+                    break
+            time.sleep(0.05)
+        with urllib.request.urlopen(f"{base}/jobs/{job}/enhanced?full=1", timeout=60) as answer:
+            return answer.read()
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(one, range(20)))
+    server.close()
+    assert len(found) == 20 and len(set(found)) == 1
+
+
+def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
+    from baselines.retinexnet import RetinexConfig, RetinexNet
+
+    torch.manual_seed(0)
+    config = RetinexConfig(channels=4)
+    content = {"config": dataclasses.asdict(config), "model": RetinexNet(config).state_dict(), "run_id": "r", "epoch": 1}
+    ms.save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
+    ms.save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
+    studio = web_app.Studio([tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1)
+    client = web_app.make_app(studio, megabytes=2).test_client()
+    labels = list(studio.models)
+    job, info = wait(client, upload(client, encoded(LOW), model=labels[0]))
+    assert info["state"] == "done" and pixels_of(client.get(f"/jobs/{job}/enhanced?full=1")).shape == (40, 48, 3)
+    info = wait(client, upload(client, encoded(LOW), model=labels[1]))[1]
+    assert info["state"] == "failed" and "Unheard" in info["message"]
+    studio.close()
