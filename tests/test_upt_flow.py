@@ -459,7 +459,7 @@ def test_training_lowers_both_terms() -> None:
     high = torch.nn.functional.interpolate(pixels(2, 3, 4, 4).float(), size=(32, 32), mode="bicubic").clamp(0, 1)
     batch = ms.Sample(high * 0.1, high, high, torch.tensor([ms.WHOLE_BOX] * 2))
     optimizer, history = ms.adamw(model.parameters(), model.config), []
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         terms = model.losses(batch)
         sum(terms.values()).backward()
