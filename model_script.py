@@ -2449,6 +2449,9 @@ def enhance_video(
     }
 
 
+ENHANCE_COLUMNS = ("file", "output", "width", "height", "seconds", "brightness_before", "brightness_after", "deviation", "note")
+
+
 def enhance_folder(
     jobs: Sequence[tuple[Path, Path]], folder: Path, work: Callable[[Path, Path], dict[str, Any]], again: bool
 ) -> int:
@@ -2466,13 +2469,14 @@ def enhance_folder(
             try:
                 rows[str(source)] = work(source, target)
             except UserError as error:
-                failed.append(str(error))
+                failed.append(" ".join(str(error).split()))
+                rows[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {"file": str(source), "note": f"failed: {failed[-1]}"}
     finally:
         if rows:
             order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
             write_csv(table, order + [row for name, row in rows.items() if name not in {str(source) for source, _ in jobs}])
     for line in failed:
-        print(f"failed: {' '.join(line.split())}", file=sys.stderr)
+        print(f"failed: {line}", file=sys.stderr)
     print(f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists them")
     return 1 if failed else 0
 

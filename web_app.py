@@ -31,7 +31,7 @@ try:
     import flask
     import waitress
 except ImportError as missing:
-    sys.exit(f"error: the page needs the package {missing.name}; run pip install flask waitress")
+    sys.exit(ms.complain(ms.UserError(f"the page needs the package {missing.name}; run pip install flask waitress")))
 
 ROOT = Path(__file__).resolve().parent
 KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32

@@ -396,8 +396,11 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(checkpoint: Path, 
     assert "3 enhanced, 1 failed" in done.stdout
     assert files_under(tmp_path / "out") == {"a.png", "deep", "deep/b.jpg", "deep/er", "deep/er/c.PNG", "enhance.csv"}
     rows = rows_of(tmp_path / "out")
-    assert set(rows) == {"a.png", "b.jpg", "c.PNG"}
+    assert set(rows) == {"a.png", "b.jpg", "c.PNG", "broken.png"}
+    broken = rows.pop("broken.png")
+    assert broken["note"].startswith("failed: ") and broken["output"] == broken["seconds"] == ""
     for row in rows.values():
+        assert tuple(row) == ms.ENHANCE_COLUMNS
         assert Path(row["output"]).exists() and float(row["seconds"]) > 0
         with Image.open(row["file"]) as low, Image.open(row["output"]) as high:
             assert low.size == high.size == (int(row["width"]), int(row["height"]))

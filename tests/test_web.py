@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -297,6 +299,14 @@ def test_mistakes_on_the_command_line(
         assert_one_line_error(web_app.main(arguments), capsys.readouterr().err, words)
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
     assert_one_line_error(web_app.main([]), capsys.readouterr().err, "no weights found")
+
+
+@pytest.mark.parametrize("name", ["flask", "waitress"])
+def test_a_missing_package_is_one_line(name: str) -> None:
+    code = f"import sys; sys.modules[{name!r}] = None; import web_app"
+    folder = Path(web_app.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert_one_line_error(done.returncode, done.stderr, name, "pip install flask waitress")
 
 
 def test_it_listens_to_this_machine_alone_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
