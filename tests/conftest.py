@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +57,12 @@ def randomise(module: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module
 def make_pairs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     """`write_pairs` into the test's own folder."""
     return lambda count, **options: write_pairs(tmp_path / "pairs", count, **options)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums come out the same in every run and in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

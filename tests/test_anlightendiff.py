@@ -25,13 +25,7 @@ from baselines import anlightendiff as ad
 SMALL = dict(width=8, multipliers=[1, 2], timesteps=10, sampling_steps=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums come out the same in every run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(seed: int = 0, **changes: Any) -> ad.AnlightenDiff:

@@ -32,13 +32,7 @@ import model_script as ms
 EPOCHS, STEPS = 5, 4  # of the run that the resumed ones must repeat; STEPS pairs, one a step
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums come out the same in this process and in another one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
