@@ -42,7 +42,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -146,7 +146,8 @@ class Config:
     histogram_sigma: float = knob(0.002, "width of the inverse_quadratic kernel 1 / (1 + (d / sigma)^2)", low=1e-6, high=100.0)
     histogram_size: int = knob(40, "side to which pictures are averaged before their histogram", low=1, high=4096)
     # training
-    batch_size: int = knob(1, "pictures or crops per step", low=1, high=4096)
+    batch_size: int = knob(1, "pictures or crops per step, of all processes together", low=1, high=4096)
+    accumulate: int = knob(1, "parts in which a process works off its share of a batch, to save memory", low=1, high=4096)
     num_epochs: int = knob(30, "passes over the training pairs", low=1, high=1_000_000)
     max_minutes: float = knob(0.0, "stop cleanly after this many minutes of training; 0: no limit", low=0.0, high=1e6)
     learning_rate: float = knob(2e-4, "peak learning rate of AdamW", low=1e-8, high=1.0)
@@ -357,7 +358,7 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the keys below")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to use; default: the released ones beside this script")
-    parser.add_argument("--resume", metavar="FILE", help="train: go on from this checkpoint_epoch_N.pth")
+    parser.add_argument("--resume", metavar="FILE", help="train: go on from this checkpoint, or from a folder's newest")
     parser.add_argument("--input", metavar="FILE", help="enhance: the dark picture, a folder of them, or a pattern in quotes")
     parser.add_argument(
         "--output",
@@ -402,6 +403,7 @@ if __name__ == "__main__":  # a typing error is answered before torch is loaded,
 import numpy as np  # noqa: E402
 import skimage  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -1050,13 +1052,24 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+class ChannelDropout(nn.Module):
+    """Dropout of whole channels, the same ones for all of a batch: it is one draw, however the batch is divided."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.dropout(x.new_ones(1, x.shape[1], 1, 1), self.rate) if self.training and self.rate else x
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(silu(x)))); no normalisation, so that a crop and the whole picture give the same values."""
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.first, self.second = conv3(channels, channels), zero_init(conv3(channels, channels))
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = ChannelDropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(self.dropout(F.silu(self.first(F.silu(x)))))
@@ -1277,7 +1290,8 @@ class ConditionalFlow(nn.Module):
             features=(half[..., : height // 2, : width // 2], quarter[..., : height // 4, : width // 4]),
         )
         high = high[..., :height, :width]
-        log_likelihood, latent = self.log_likelihood(high, cut, torch.rand_like(high))
+        # one draw of noise serves all of the batch: as good on average, and the same however the batch is divided
+        log_likelihood, latent = self.log_likelihood(high, cut, torch.rand_like(high[:1]))
         return bits_per_dim(log_likelihood, high[0].numel()), latent
 
     def _condition_whole(self, low: Tensor) -> Condition:
@@ -1362,16 +1376,94 @@ def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several; each does its share, the first one speaks and writes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes do this job together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them, from 0; the first one prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def my_share(items: Sequence[Any]) -> Sequence[Any]:
+    """Every n-th item, from this process's rank on."""
+    return items[rank() :: processes()]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's `value`, in every process."""
+    box = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, in every process; none goes on before all have come here."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of every process's `values`, in place."""
+    if processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def process_group(mode: str, device: str) -> Iterator[None]:
+    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first fall silent."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if mode not in ("train", "evaluate", "enhance") and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(f"--mode {mode} is the work of one process; start it without torchrun")
+    here, place = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        if here > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start one process each")
+        torch.cuda.set_device(place)
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which leaves cores idle
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    where: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch issue 135712)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        where = dict(
+            store=dist.PrefixStore(attempt, store), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        )
+    dist.init_process_group("nccl" if cuda else "gloo", **where)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+            from_all(True)  # leave together: who leaves a group that is still at work may crash
+    finally:
+        dist.destroy_process_group()
+
+
+def progress_style() -> dict[str, Any]:
+    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all but the first process."""
+    terminal = sys.stderr.isatty()
+    interval = 0.2 if terminal else 30.0
+    return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runtime and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
-
-
-def progress_style() -> dict[str, Any]:
-    """tqdm settings: lively on a terminal, a line every half minute in a log file."""
-    terminal = sys.stderr.isatty()
-    return dict(dynamic_ncols=True, mininterval=0.2 if terminal else 30.0, maxinterval=0.2 if terminal else 30.0)
+RUN_FILE = ".run_id"  # in checkpoint_dir: the run that trains there
 
 
 class Runtime(NamedTuple):
@@ -1469,7 +1561,10 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Tensors and plain data under a format version, atomically."""
     with atomic_path(path) as temporary:
         try:
-            torch.save({"format_version": FORMAT_VERSION, **content}, temporary)
+            with open(temporary, "wb") as stream:
+                torch.save({"format_version": FORMAT_VERSION, **content}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())  # a power cut must not leave the name without the content
         except RuntimeError as error:  # torch reports a full disk so
             raise UserError(f"{path}: cannot write ({error}); check the folder and the free space") from None
 
@@ -1480,6 +1575,14 @@ def written_by(path: Path, run_id: str) -> bool:
         return load_checkpoint(str(path)).get("run_id") == run_id
     except UserError:
         return False
+
+
+def newest_checkpoint(folder: Path, run_id: str = "") -> str | None:
+    """The checkpoint to resume from that was written last in `folder`, by the run `run_id` if one is named."""
+    found = [*folder.glob("checkpoint_epoch_*.pth"), *folder.glob("checkpoint_interrupted.pth")]
+    own = [path for path in found if path.stem.count("_") <= 2]  # those set aside carry a date
+    latest = sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((str(path) for path in latest if not run_id or written_by(path, run_id)), None)
 
 
 def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> None:
@@ -1670,6 +1773,22 @@ def polite_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files are removed."""
+    import signal
+
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def ignore_interrupts(worker: int) -> None:
     """Loader processes leave Ctrl-C to the main one."""
     import signal
@@ -1687,8 +1806,32 @@ def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list
     return store, training, store, validation
 
 
+class LossModule(nn.Module):
+    """A model's losses as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Sample) -> dict[str, Tensor]:
+        return self.model.losses(batch)
+
+
+def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[list[Any], float]]:
+    """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its share of the batch.
+
+    A process for which nothing is left does the first item at weight 0: it is needed when gradients are exchanged.
+    """
+    mine = np.array_split(np.arange(len(batch)), of)[place]
+    chunks = [chunk for chunk in np.array_split(mine, parts) if len(chunk)]
+    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [([batch[0]], 0.0)]
+
+
 class Trainer:
-    """One training run. `step` is its only clock: data order, augmentation, noise and learning rate follow from it."""
+    """One training run. `step` is its only clock: data order, augmentation, noise and learning rate follow from it.
+
+    Under torchrun every process does its share of each batch, and the steps are those of one process (but for rounding).
+    """
 
     def __init__(self, config: Config, model_class: type[nn.Module], resume: str | None = None) -> None:
         self.config, self.runtime = config, choose_runtime(config)
@@ -1709,12 +1852,17 @@ class Trainer:
         self.optimizer = own() if own else adamw(self.model.parameters(), config)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.step, self.minutes, self.best, self.kept = 0, 0.0, -math.inf, []
-        self.run_id = datetime.now().strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex()
+        self.run_id = from_first(datetime.now().strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex())
         if state is not None:
             self._restore(state, str(resume))
         self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.folder = Path(config.checkpoint_dir)
+        self.writer: Any = None  # TensorBoard's, in the first process
+        self.parallel: nn.Module = LossModule(self.model)
+        if processes() > 1:
+            # a term of weight 0, or training in stages, leaves parameters without gradient
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
 
     # state ------------------------------------------------------------------------------------------------------------
 
@@ -1745,6 +1893,8 @@ class Trainer:
     def save(self, name: str) -> Path:
         """A checkpoint to resume from, under checkpoint_dir."""
         path = self.folder / name
+        if rank():
+            return path
         set_aside(path, self.run_id, tqdm.write)
         training = {
             "model": self.model.state_dict(),
@@ -1766,9 +1916,21 @@ class Trainer:
         cut = max(0, len(old) + 1 - self.config.keep_checkpoints)
         self.kept = [*old[cut:], name]
         self.save(name)
-        for other in old[:cut]:
+        for other in old[:cut] if rank() == 0 else []:
             if written_by(self.folder / other, self.run_id):
                 (self.folder / other).unlink()
+
+    def _claim_folder(self) -> None:
+        """Note whose folder this is, for torchrun's restarts, and remove what a killed process of this run left over."""
+        write_bytes(self.folder / RUN_FILE, self.run_id.encode())
+        for path in self.folder.glob(".*.pth"):
+            if time.time() - path.stat().st_mtime > 60:
+                path.unlink()
+        for path in self.folder.glob("checkpoint_epoch_*.pth"):
+            number = path.stem.split("_")[-1]
+            past = path.name == f"checkpoint_epoch_{number}.pth" and int(number) <= self.step // self.steps_per_epoch
+            if past and path.name not in self.kept and written_by(path, self.run_id):
+                path.unlink()
 
     # the loop ---------------------------------------------------------------------------------------------------------
 
@@ -1778,24 +1940,26 @@ class Trainer:
 
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
         self._announce(log_dir)
-        for folder in (self.folder, log_dir):
-            make_folder(folder)
-        self.writer = SummaryWriter(log_dir)
+        if rank() == 0:
+            for folder in (self.folder, log_dir):
+                make_folder(folder)
+            self._claim_folder()
+            self.writer = SummaryWriter(log_dir)
         first = self.step // self.steps_per_epoch
         bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", **progress_style())
-        with polite_signals() as interrupted, bar, self.writer:
+        with polite_signals() as interrupted, bar, self.writer or nullcontext():
             for epoch in range(first, config.num_epochs):
-                self._train_epoch(epoch, bar, interrupted)
+                stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch
                 last = epoch + 1 == config.num_epochs or self._out_of_time()
-                if whole or not interrupted:  # a signal at an epoch's last step costs it neither validation nor checkpoint
+                if whole or not stop:  # a signal at an epoch's last step costs it neither validation nor checkpoint
                     if last or (epoch + 1) % config.val_freq == 0:
                         self._validate(epoch + 1)
                     if last or (epoch + 1) % config.save_freq == 0:
                         self.save_epoch(epoch + 1)
                     if last:
                         break
-                if interrupted:
+                if any(from_all(bool(interrupted))):
                     path = self.save("checkpoint_interrupted.pth")
                     tqdm.write(f"stopped at step {self.step}; go on with --mode train --resume {path}")
                     return 130
@@ -1813,42 +1977,50 @@ class Trainer:
         by_time = self.minutes / self.config.max_minutes if self.config.max_minutes else 0.0
         return max(self.step / self.total_steps, by_time)
 
-    def _loader(self, epoch: int) -> DataLoader:
+    def _loader(self, batches: Sequence[Sequence[tuple[int, int]]]) -> DataLoader:
         config = self.config
-        batches = batch_plan(len(self.training), config.batch_size, epoch, config.seed)
         samples = TrainingSamples(self.store, self.training, config)
         return DataLoader(
             samples,
-            batch_sampler=batches[self.step % self.steps_per_epoch :],
+            batch_sampler=batches,
             num_workers=config.num_workers,
             pin_memory=config.pin_memory and self.runtime.device.type == "cuda",
             worker_init_fn=ignore_interrupts,
         )
 
-    def _train_epoch(self, epoch: int, bar: tqdm, interrupted: list[int]) -> None:
-        """The steps of an epoch that are still to do; returns early on a signal or when the time is up."""
+    def _train_epoch(self, epoch: int, bar: tqdm, interrupted: list[int]) -> bool:
+        """The steps of an epoch that are still to do; returns early, and True, on a signal to any process."""
         self.model.train()
-        bar.set_description(f"epoch {epoch + 1}/{self.config.num_epochs}")
-        started, images = time.monotonic(), 0
-        for batch in self._loader(epoch):
-            terms, norm, rate = self._train_step(self.runtime.batch(batch))
-            images += len(batch.low)
-            self.minutes += (time.monotonic() - started) / 60
+        config = self.config
+        bar.set_description(f"epoch {epoch + 1}/{config.num_epochs}")
+        batches = batch_plan(len(self.training), config.batch_size, epoch, config.seed)[self.step % self.steps_per_epoch :]
+        plans = [divide(batch, rank(), processes(), config.accumulate) for batch in batches]
+        parts = iter(self._loader([part for plan in plans for part, _ in plan]))
+        started = time.monotonic()
+        for batch, plan in zip(batches, plans, strict=True):
+            terms, norm, rate = self._train_step((next(parts), weight) for _, weight in plan)
             seconds, started = time.monotonic() - started + 1e-9, time.monotonic()
+            # the first process's clock and anybody's signal count for all
+            clock = torch.tensor([seconds if rank() == 0 else 0.0, float(bool(interrupted))], device=self.runtime.device)
+            seconds, stop = sum_over_processes(clock).tolist()
+            self.minutes += seconds / 60
             if self.step % 20 == 0 or self.step % self.steps_per_epoch == 0:
                 scalars = {f"loss/{name}": value for name, value in terms.items()}
                 scalars |= {"loss/total": sum(terms.values()), "train/learning_rate": rate, "train/gradient_norm": norm}
-                self._scalars(scalars | {"train/images_per_second": len(batch.low) / seconds})
+                self._scalars(scalars | {"train/images_per_second": len(batch) / seconds})
             bar.set_postfix(
                 {name: f"{value:.3f}" for name, value in terms.items()} | {"psnr": f"{self.best:.2f}"}, refresh=False
             )
             bar.update()
-            if interrupted or self._out_of_time():
-                return
+            if stop or self._out_of_time():
+                return bool(stop)
+        return False
 
-    def _train_step(self, batch: Sample) -> tuple[dict[str, float], float, float]:
-        """One update; returns the loss terms, the gradient's norm before clipping and the learning rate."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and dequantisation noise repeat on resume
+    def _train_step(self, parts: Iterable[tuple[Sample, float]]) -> tuple[dict[str, float], float, float]:
+        """One update; returns the loss terms, the gradient's norm before clipping and the learning rate.
+
+        `parts` are this process's share of the batch, each with its weight; all processes' weights sum to 1.
+        """
         progress = self._progress()
         if hasattr(self.model, "begin_step"):
             self.model.begin_step(progress)
@@ -1856,18 +2028,27 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.runtime.autocast():
-            terms = self.model.losses(batch)
-        self.scaler.scale(sum(terms.values())).backward()
-        values = dict(zip(terms, torch.stack([term.detach() for term in terms.values()]).tolist(), strict=True))
+        parts, values = list(parts), {}
+        for place, (batch, weight) in enumerate(parts, 1):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and noise repeat: on resume, in every part
+            alone = processes() == 1 or place == len(parts)  # gradients are exchanged once, after the last part
+            with nullcontext() if alone else self.parallel.no_sync():
+                with self.runtime.autocast():
+                    terms = self.parallel(self.runtime.batch(batch))
+                # DistributedDataParallel takes the mean over the processes, the weights ask for the sum
+                self.scaler.scale(sum(terms.values()) * (weight * processes())).backward()
+            for name, term in terms.items():
+                values[name] = values.get(name, 0.0) + weight * term.detach()
+        sums = sum_over_processes(torch.stack(list(values.values())))
+        terms = dict(zip(values, sums.tolist(), strict=True))
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
-        self._check_finite(values, norm)
+        self._check_finite(terms, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update_parameters(self.model)
         self.step += 1
-        return values, norm, rate
+        return terms, norm, rate
 
     def _check_finite(self, terms: dict[str, float], norm: float) -> None:
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -1893,16 +2074,16 @@ class Trainer:
         print(f"weights to {self.folder}, curves to {log_dir}")
 
     def _scalars(self, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
+        for name, value in scalars.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> None:
         """Score the averaged weights on the validation pairs; the best PSNR so far is saved as best_model.pth."""
         model = self.ema.module.eval()
-        torch.manual_seed(self.config.seed)  # the same dequantisation noise every time
         scores, shown, latents = [], [], []
-        for index in self.validation:
+        for index in my_share(self.validation):
+            torch.manual_seed(self.config.seed + index)  # the same dequantisation noise every time
             low, high = (to_tensor(pixels)[None].to(self.runtime.device) for pixels in self.held_out[index])
             if not self.config.crop_size:
                 low, high = (resize(image, self.config.image_size, quantise=True) for image in (low, high))
@@ -1915,16 +2096,17 @@ class Trainer:
                 extra = model.pictures(low).values() if hasattr(model, "pictures") else []
                 shown.append(torch.cat([low[0], enhanced[0], high[0], *(picture[0] for picture in extra)], dim=-1).cpu())
                 latents += [] if latent is None else [latent.flatten().cpu()]
+        scores = [score for share in from_all(scores) for score in share]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
         means = {name: value for name, value in means.items() if not math.isnan(value)}
         self._scalars({f"validation/{name}": value for name, value in means.items()})
-        for place, image in enumerate(shown):
+        for place, image in enumerate(shown if self.writer else ()):
             self.writer.add_image(f"validation/low_enhanced_high_{place}", image.clamp(0, 1), self.step)
-        if latents:
+        if latents and self.writer:
             self.writer.add_histogram("validation/standardised_latent", torch.cat(latents), self.step)
         better = means["psnr"] > self.best
-        if better:
-            self.best = means["psnr"]
+        self.best = max(self.best, means["psnr"])
+        if better and rank() == 0:
             set_aside(self.folder / "best_model.pth", self.run_id, tqdm.write)
             save_checkpoint(self.folder / "best_model.pth", {**self._deployable(), "validation": means})
         words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
@@ -1932,16 +2114,36 @@ class Trainer:
 
     def _conclude(self) -> None:
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(self.config).items()}
-        self.writer.add_hparams(plain, {"hparam/best_validation_psnr": self.best, "hparam/minutes": self.minutes}, run_name=".")
+        if self.writer:
+            self.writer.add_hparams(
+                plain, {"hparam/best_validation_psnr": self.best, "hparam/minutes": self.minutes}, run_name="."
+            )
+
+
+def resume_from(arguments: argparse.Namespace, config_class: type[Config]) -> str | None:
+    """The checkpoint that training goes on from: --resume's, the newest of its folder, or after a restart by torchrun the
+    newest of this run. Raises UserError when --resume names a folder without one."""
+    if dist.is_torchelastic_launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        folder = Path(arguments.settings.get("checkpoint_dir", config_class().checkpoint_dir))
+        with suppress(OSError):
+            if newest := newest_checkpoint(folder, (folder / RUN_FILE).read_text(encoding="utf-8")):
+                return newest
+    if arguments.resume and os.path.isdir(arguments.resume):
+        newest = newest_checkpoint(Path(arguments.resume))
+        if newest is None:
+            raise UserError(f"--resume {arguments.resume}: no checkpoint_epoch_N.pth in this folder; name another")
+        return newest
+    return arguments.resume
 
 
 def train(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
     """--mode train."""
-    if arguments.resume:
-        config = checkpoint_config(load_checkpoint(arguments.resume), arguments.resume, arguments.settings, config_class)
+    resume = from_first(resume_from(arguments, config_class))
+    if resume:
+        config = checkpoint_config(load_checkpoint(resume), resume, arguments.settings, config_class)
     else:
         config = apply_settings(config_class(), arguments.settings, "config")
-    return Trainer(config, model_class, arguments.resume).fit()
+    return Trainer(config, model_class, resume).fit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1982,9 +2184,11 @@ class Scored(NamedTuple):
 def score_pairs(
     model: nn.Module, store: PairStore, config: Config, runtime: Runtime, twins: Sequence[bool | None]
 ) -> Iterator[Scored]:
-    """Enhance and score every pair of `store`, in order."""
+    """Enhance and score this process's share of the pairs of `store`, in order; by one process, all."""
     size, lpips_of = evaluation_size(config), load_lpips()
-    for index, pair in enumerate(tqdm(store.pairs, desc="evaluating", unit="image", **progress_style())):
+    indices = my_share(range(len(store)))
+    for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
+        pair = store.pairs[index]
         low, high = (to_tensor(pixels)[None].to(runtime.device) for pixels in store[index])
         if size:
             low, high = (resize(image, size, quantise=True) for image in (low, high))
@@ -2042,14 +2246,16 @@ def results_folder(parent: str, prefix: str) -> Path:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `folder` when the block succeeds and vanishes when it does not."""
+    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes when it does not."""
     import shutil
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(folder)
+        yield from_first(temporary)
+        from_all(True)
+        if rank() == 0:
+            temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write ({error.strerror or error}); check the folder and the free space") from None
     finally:
@@ -2065,18 +2271,25 @@ def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | 
     return [bool(twin) for twin in find_twins(store.thumbnails, known.numpy())]
 
 
+def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
+    """The triptychs in `images` of the two worst, median and best pictures."""
+    order = np.argsort([row["psnr"] for row in rows])
+    middle = len(order) // 2
+    chosen = dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]])
+    return contact_sheet([Image.open(images / f"{Path(rows[i]['filename']).stem}_viz.png") for i in chosen])
+
+
 def evaluate(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
     """--mode evaluate."""
     model, config, runtime, checkpoint = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
     store = PairStore(choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes), config)
     twins = training_twins(store, checkpoint)
-    folder = results_folder(config.results_dir, "eval")
+    folder = from_first(results_folder(config.results_dir, "eval"))
     size = evaluation_size(config)
     protocol = f"resized to {size[1]}x{size[0]}" if size else "native resolution"
     print(f"evaluating {len(store)} pairs, {protocol}, on {runtime}")
-    rows: list[dict[str, Any]] = []
     with atomic_folder(folder) as temporary:
-        strips = []
+        mine = []
         for scored in score_pairs(model, store, config, runtime, twins):
             name = Path(scored.row["filename"]).stem
             for suffix, picture in {"": scored.enhanced, **{f"_{key}": value for key, value in scored.extra.items()}}.items():
@@ -2084,15 +2297,16 @@ def evaluate(arguments: argparse.Namespace, model_class: type[nn.Module], config
             scores = f"{scored.row['psnr']:.2f} dB  SSIM {scored.row['ssim']:.3f}  dE {scored.row['ciede2000']:.1f}"
             strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
             write_image(temporary / "images" / f"{name}_viz.png", strip)
-            strips.append(strip.resize((1200, round(strip.height * 1200 / strip.width))))
-            rows.append(scored.row)
-        order = np.argsort([row["psnr"] for row in rows])
-        middle = len(order) // 2
-        chosen = list(dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]]))
-        write_image(temporary / "overview.png", contact_sheet([strips[i] for i in chosen]))
-        write_csv(temporary / "metrics.csv", rows)
-        summary = evaluation_summary(rows, config, arguments.checkpoint, protocol, runtime)
-        write_json(temporary / "summary.json", summary)
+            mine.append(scored.row)
+        by_name = {row["filename"]: row for rows in from_all(mine) for row in rows}
+        rows = [by_name[pair.low.name] for pair in store.pairs]
+        if rank() == 0:
+            write_image(temporary / "overview.png", overview(rows, temporary / "images"))
+            write_csv(temporary / "metrics.csv", rows)
+            summary = evaluation_summary(rows, config, arguments.checkpoint, protocol, runtime)
+            write_json(temporary / "summary.json", summary)
+    if rank():
+        return 0
     write_json(
         Path(config.results_dir) / "evaluation_results.json",
         {
@@ -2461,21 +2675,26 @@ def enhance_folder(
     if table.exists():
         with open(table, newline="", encoding="utf-8") as stream:
             rows = {row["file"]: row for row in csv.DictReader(stream) if row.get("file")}
-    todo = [(source, target) for source, target in jobs if again or not target.exists()]
+    # asked once, before anybody writes: the shares of several processes must come from one list
+    todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
     print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
+    done: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
-        for source, target in tqdm(todo, desc="enhancing", unit="image", **progress_style()):
+        for source, target in tqdm(my_share(todo), desc="enhancing", unit="image", **progress_style()):
             try:
-                rows[str(source)] = work(source, target)
+                done[str(source)] = work(source, target)
             except UserError as error:
                 failed.append(" ".join(str(error).split()))
-                rows[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {"file": str(source), "note": f"failed: {failed[-1]}"}
+                done[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {"file": str(source), "note": f"failed: {failed[-1]}"}
+        done = {name: row for share in from_all(done) for name, row in share.items()}
+        failed = [line for share in from_all(failed) for line in share]
     finally:
-        if rows:
+        rows |= done
+        if rows and rank() == 0:
             order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
             write_csv(table, order + [row for name, row in rows.items() if name not in {str(source) for source, _ in jobs}])
-    for line in failed:
+    for line in failed if rank() == 0 else []:
         print(f"failed: {line}", file=sys.stderr)
     print(f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists them")
     return 1 if failed else 0
@@ -2504,6 +2723,8 @@ def enhance(arguments: argparse.Namespace, model_class: type[nn.Module], config_
 
     if many:
         return enhance_folder(jobs, target, work, config.overwrite)
+    if rank():  # one picture is one process's work
+        return 0
     row = work(*jobs[0])
     print(f"{target}: {row['width']}x{row['height']}, {row['seconds']:.2f} s on {runtime}")
     if row["note"]:
@@ -2748,10 +2969,15 @@ def main(
     try:
         arguments = parse_command_line(argv, config_class)
         sources = [text for text in (arguments.config, arguments.resume, arguments.checkpoint, arguments.input) if text]
-        print(f"{arguments.mode}: {', '.join(sources) or 'default settings'}", flush=True)
-        return MODES[arguments.mode](arguments, model_class, config_class)
+        with sigterm_as_ctrl_c(), process_group(arguments.mode, arguments.settings.get("device", "auto")):
+            print(f"{arguments.mode}: {', '.join(sources) or 'default settings'}", flush=True)
+            return MODES[arguments.mode](arguments, model_class, config_class)
     except UserError as mistake:
         return complain(mistake)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        return complain(RunError("another process of this job stopped; see its message"))
     except KeyboardInterrupt:  # training catches its own; elsewhere nothing half-written is left behind
         print("interrupted", file=sys.stderr)
         return 130

@@ -282,8 +282,10 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Take shift and scale from a batch (B, C, H, W); a channel that hardly varies is not blown up beyond 1000."""
-        self.shift.copy_(-x.mean((0, 2, 3))[:, None, None])
-        self.log_scale.copy_(-x.std((0, 2, 3)).clamp(min=1e-3).log()[:, None, None])
+        moments = ms.sum_over_processes(torch.stack([x.mean((0, 2, 3)), (x**2).mean((0, 2, 3))])) / ms.processes()
+        mean, deviation = moments[0], (moments[1] - moments[0] ** 2).clamp(min=1e-6).sqrt()
+        self.shift.copy_(-mean[:, None, None])
+        self.log_scale.copy_(-deviation.log()[:, None, None])
         self.initialised.fill_(True)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

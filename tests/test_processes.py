@@ -1,0 +1,205 @@
+"""Several processes under torchrun do what one does: the same losses, the same rows, the same pictures; killed ones restart."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import (
+    SCRIPT,
+    dark_picture,
+    differing,
+    environment,
+    make_data,
+    run_script,
+    save_picture,
+    target_picture,
+    write_config,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import model_script as ms
+
+STEPS = 20
+
+
+def torchrun(
+    *arguments: str | Path, cwd: Path, script: Path = SCRIPT, restarts: int = 0, count: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """The finished job of `count` processes on this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.run(
+        [*launch, f"--max_restarts={restarts}", str(script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment() | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and config.json: 20 epochs of one step of 5 pairs, so that every step's loss is logged."""
+    folder = make_data(tmp_path_factory.mktemp("job"), train=5, val=3, evaluation=5)
+    write_config(folder, batch_size=5, num_epochs=STEPS, val_freq=STEPS, save_freq=5, keep_checkpoints=9)
+    return folder
+
+
+def outputs(folder: Path) -> list[str]:
+    """--set arguments that make a run write below `folder`."""
+    return [
+        text
+        for kind, name in (("checkpoint", "ckpt"), ("log", "logs"), ("results", "results"))
+        for text in ("--set", f"{kind}_dir={folder / name}")
+    ]
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    """Every scalar that a run logged, by name; the clock's apart."""
+    (run,) = (folder / "logs").glob("*")
+    events = EventAccumulator(str(run)).Reload()
+    names = [name for name in events.Tags()["scalars"] if "second" not in name and "hparam" not in name]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(job: Path) -> Path:
+    """The folder of the run by one process."""
+    folder = job / "alone"
+    done = run_script("--mode", "train", "--config", job / "config.json", *outputs(folder), cwd=job)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(job: Path) -> Path:
+    """The folder of the same run by two processes."""
+    folder = job / "together"
+    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), cwd=job)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best weights:") == 1  # the second process is silent
+    return folder
+
+
+def assert_same_curves(one: dict[str, list[float]], other: dict[str, list[float]]) -> None:
+    assert one.keys() == other.keys() and len(one["loss/total"]) == STEPS
+    assert len(set(one["loss/total"])) == STEPS
+    for name, values in one.items():
+        assert np.allclose(values, other[name], rtol=0, atol=1e-4), name
+
+
+def test_two_processes_repeat_the_losses_of_one(alone: Path, together: Path) -> None:
+    assert_same_curves(curves(alone), curves(together))
+    one, two = (torch.load(f / "ckpt" / "best_model.pth", weights_only=True)["model"] for f in (alone, together))
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_accumulation_repeats_the_losses_of_one_go(job: Path, alone: Path) -> None:
+    folder = job / "accumulated"
+    extra = ["--set", "accumulate=3"]
+    done = run_script("--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job)
+    assert done.returncode == 0, done.stderr
+    assert_same_curves(curves(alone), curves(folder))
+
+
+KILLED = """
+import os, signal, sys
+import model_script as ms
+
+class Killed(ms.ConditionalFlow):
+    def losses(self, batch):
+        killed = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        self.calls = getattr(self, "calls", 0) + 1
+        if killed and self.calls == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(batch)
+
+sys.exit(ms.main(None, Killed))
+"""
+
+
+def test_a_killed_process_is_restarted_and_the_run_ends_the_same(job: Path, together: Path) -> None:
+    folder, script = job / "killed", job / "killed.py"
+    script.write_text(KILLED)
+    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), cwd=job, script=script, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "steps 10 to 20" in done.stdout  # step 13 was lost, the checkpoint of step 10 was not
+    last = f"ckpt/checkpoint_epoch_{STEPS}.pth"
+    one, two = (torch.load(f / last, weights_only=True) for f in (together, folder))
+    assert not differing(one["model"], two["model"]) and not differing(one["training"]["model"], two["training"]["model"])
+
+
+def test_a_restart_never_takes_up_an_older_run(job: Path, together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
+    run_id = torch.load(newest, weights_only=True)["run_id"]
+    assert (together / "ckpt" / ms.RUN_FILE).read_text() == run_id
+    assert ms.newest_checkpoint(together / "ckpt", run_id) == str(newest)
+    assert ms.newest_checkpoint(together / "ckpt", "another run") is None
+
+
+def test_evaluation_by_two_processes_writes_the_same_rows(job: Path, together: Path) -> None:
+    tables = []
+    for name, run in (("one", run_script), ("two", torchrun)):
+        arguments = ["--mode", "evaluate", "--config", job / "config.json", *outputs(job / name)]
+        done = run(*arguments, "--checkpoint", together / "ckpt" / "best_model.pth", cwd=job)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (job / name / "results").glob("eval_*")
+        assert (folder / "overview.png").exists() and len(list((folder / "images").glob("*_viz.png"))) == 5
+        with open(folder / "metrics.csv", newline="") as stream:
+            tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)])
+        assert not [path for path in (job / name / "results").iterdir() if path.name.startswith(".")]
+    assert len(tables[0]) == 5 and tables[0] == tables[1]
+
+
+def test_a_folder_is_shared_out_and_listed_once(job: Path, together: Path) -> None:
+    inputs = job / "inputs"
+    for seed in range(5):
+        save_picture(inputs / f"{seed}.png", dark_picture(target_picture(seed), seed))
+    (inputs / "broken.png").write_bytes(b"no picture")
+    for name, run in (("out1", run_script), ("out2", torchrun)):
+        weights = ["--checkpoint", together / "ckpt" / "best_model.pth"]
+        done = run("--mode", "enhance", *weights, "--input", inputs, "--output", job / name, cwd=job)
+        assert done.returncode == 1 and done.stderr.count("failed: ") == 1, done.stderr
+    for seed in range(5):
+        assert (job / "out1" / f"{seed}.png").read_bytes() == (job / "out2" / f"{seed}.png").read_bytes()
+    names = [[row["file"] for row in csv.DictReader((job / n / "enhance.csv").open())] for n in ("out1", "out2")]
+    assert names[0] == names[1] and len(names[0]) == 6
+
+
+@pytest.mark.parametrize("mode", ["demo", "export"])
+def test_work_for_one_process_is_refused(tmp_path: Path, mode: str) -> None:
+    done = torchrun("--mode", mode, *(["--output", "x.onnx"] if mode == "export" else []), cwd=tmp_path)
+    assert done.returncode != 0 and f"error: --mode {mode} is the work of one process" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_told_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
+    arguments = ["--config", job / "config.json", *outputs(tmp_path), "--set", f"train_low_dir={tmp_path / 'nowhere'}"]
+    done = torchrun("--mode", "train", *arguments, cwd=tmp_path)
+    assert done.returncode != 0 and "error: train_low_dir" in done.stderr
+    assert 'model_script.py", line' not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@given(count=st.integers(1, 40), of=st.integers(1, 9), parts=st.integers(1, 9))
+def test_processes_and_parts_divide_a_batch_without_rest(count: int, of: int, parts: int) -> None:
+    batch = list(range(count))
+    shares = [ms.divide(batch, place, of, parts) for place in range(of)]
+    assert [item for share in shares for chunk, weight in share if weight for item in chunk] == batch
+    assert sum(weight for share in shares for _, weight in share) == pytest.approx(1)
+    assert all(share and all(chunk for chunk, _ in share) for share in shares)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (ms.rank(), ms.processes()) == (0, 1)
+    assert ms.from_first("x") == "x" and ms.from_all(3) == [3] and list(ms.my_share([1, 2])) == [1, 2]
+    assert "RANK" not in os.environ
