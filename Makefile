@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 .venv/.requirements: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -19,9 +19,13 @@ demo: .venv/.requirements
 test: .venv/.requirements-dev
 	$(BIN)/python -m pytest
 
+bench: .venv/.requirements-dev
+	$(BIN)/python benchmarks/bench.py
+
 lint: .venv/.requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +39,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+
+from baselines import classes  # noqa: E402
 
 CHANNELS, BINS = 96, 64
 
@@ -115,17 +118,25 @@ def stand_in_step(model: StandIn, optimizer: torch.optim.Optimizer, low: Tensor,
     optimizer.step()
 
 
-def our_trainer(size: int, folder: Path) -> model_script.Trainer:
-    """The real Trainer on a few pictures of noise: an update costs the same whatever it sees."""
+def trainer_on_noise(
+    recipe: str, size: tuple[int, int], folder: Path, system: str = "ConditionalFlow", **changes: Any
+) -> model_script.Trainer:
+    """The real Trainer on eight pictures of noise (height, width): an update costs the same whatever it sees."""
     rng = np.random.default_rng(0)
     for part in ("low", "high"):
-        (folder / part).mkdir()
-        for name in range(4):
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / part / f"{name}.png")
-    settings = model_script.read_config_file(str(ROOT / "cpu_train_config.json"))
-    settings |= {"image_size": [size, size], "train_low_dir": str(folder / "low"), "train_high_dir": str(folder / "high")}
-    config = model_script.apply_settings(model_script.Config(), settings | {"num_epochs": 10_000}, "benchmark")
-    return model_script.Trainer(config, model_script.ConditionalFlow)
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for name in range(8):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / part / f"{name}.png")
+    model_class, config_class = classes(system)
+    settings = model_script.read_config_file(str(ROOT / recipe)) | changes
+    settings |= {"train_low_dir": str(folder / "low"), "train_high_dir": str(folder / "high"), "num_epochs": 10_000}
+    return model_script.Trainer(model_script.apply_settings(config_class(), settings, "benchmark"), model_class)
+
+
+def first_batch(trainer: model_script.Trainer) -> model_script.Sample:
+    """A batch of the trainer's own size."""
+    plan = [(0, index % len(trainer.training)) for index in range(trainer.config.batch_size)]
+    return next(iter(trainer._loader([plan])))
 
 
 def images_per_second(step: Callable[[], object], seconds: float, batch: int) -> float:
@@ -147,8 +158,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = our_trainer(arguments.size, Path(folder))
-        batch = trainer.runtime.batch(next(iter(trainer._loader(0))))
+        side = arguments.size
+        trainer = trainer_on_noise("cpu_train_config.json", (side, side), Path(folder), image_size=[side, side])
+        batch = first_batch(trainer)
     trainer.model.train()
     torch.manual_seed(0)
     model = StandIn()
@@ -159,7 +171,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), trainer.config.learning_rate)
 
     turns: dict[str, Callable[[], object]] = {
-        "ours": lambda: trainer._train_step(batch),
+        "ours": lambda: trainer._train_step([(batch, 1.0)]),
         "stand-in": lambda: stand_in_step(model, optimizer, low, high),
     }
     millions = {

@@ -1,0 +1,134 @@
+"""One-line mistakes in flow, losses, metrics, training and resuming, each of which the fast tests must notice.
+
+    python tests/mutants.py [NUMBER ...]
+
+Applies each mutant to a copy of the project and runs the fast tests of the file named beside it; a mutant that they pass
+survives, and the exit status is 1. About half a minute each on two cores.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """`before`, found once in model_script.py, becomes `after`; `tests` is the file that should notice."""
+
+    before: str
+    after: str
+    tests: str
+
+
+FLOW, LOSSES, METRICS, TRAINING, DATA = "test_flow", "test_losses", "test_metrics", "test_training", "test_data"
+MUTANTS = [
+    # flow
+    Mutant("log_det = math.log(1 - 2 * self.alpha) - p.log() - (1 - p).log()", "log_det = -p.log() - (1 - p).log()", FLOW),
+    Mutant("y = (v.sigmoid() - self.alpha) / (1 - 2 * self.alpha)", "y = v.sigmoid() - self.alpha", FLOW),
+    Mutant("return F.pixel_shuffle(y, 2), y.new_zeros", "return F.pixel_shuffle(y.flip(1), 2), y.new_zeros", FLOW),
+    Mutant("self.lower.tril(-1) + torch.eye", "self.lower.tril(0) + torch.eye", FLOW),
+    Mutant("log_det = self.log_diagonal.sum() * x.shape[2] * x.shape[3]", "log_det = self.log_diagonal.sum()", FLOW),
+    Mutant("log_det = -self.log_diagonal.sum() * y.shape[2]", "log_det = self.log_diagonal.sum() * y.shape[2]", FLOW),
+    Mutant("return SCALE_BOUND * torch.tanh(scale), shift", "return scale, shift", FLOW),
+    Mutant("(changed - shift) * (-scale).exp()), -scale", "changed * (-scale).exp() - shift), -scale", FLOW),
+    Mutant(
+        "changed * scale.exp() + shift), scale.flatten(1).sum(1)",
+        "changed * scale.exp() + shift), scale.flatten(1).mean(1)",
+        FLOW,
+    ),
+    Mutant("first=block % 2 == 1)", "first=False)", FLOW),
+    Mutant(
+        "-0.5 * deviation**2 - log_sigma - 0.5 * math.log(2 * math.pi)",
+        "-0.5 * deviation**2 - 0.5 * math.log(2 * math.pi)",
+        FLOW,
+    ),
+    Mutant("return -log_likelihood / (dimensions * math.log(2)) + 8", "return -log_likelihood / dimensions + 8", FLOW),
+    Mutant("return (image * 255 + noise) / 256", "return (image * 255 + noise) / 255", FLOW),
+    Mutant("return ((y * 256 - 0.5) / 255).clamp(0, 1)", "return (y * 256 / 255).clamp(0, 1)", FLOW),
+    Mutant("return log_prob + log_det, (latent", "return log_prob - log_det, (latent", FLOW),
+    # the condition: what a crop is told must be what the whole picture is told
+    Mutant("(torch.arange(width, device=grid.device) + 0.5) / width", "torch.arange(width, device=grid.device) / width", FLOW),
+    Mutant(
+        'points * 2 - 1, padding_mode="border", align_corners=False',
+        'points * 2 - 1, padding_mode="border", align_corners=True',
+        FLOW,
+    ),
+    # losses
+    Mutant("sample = window**2 / (window**2 - 1)", "sample = 1.0", LOSSES),
+    Mutant("c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.01**2, 0.01**2", LOSSES),
+    Mutant("place = values * (bins - 1)", "place = values * bins", LOSSES),
+    Mutant("(p - q).cumsum(-1).abs().sum(-1) / (p.shape[-1] - 1)", "(p - q).abs().sum(-1) / (p.shape[-1] - 1)", LOSSES),
+    Mutant(
+        "config.ssim_weight * (1 - ssim(enhanced, high).mean())",
+        "config.ssim_weight * ssim(enhanced, high).mean()",
+        LOSSES,
+    ),
+    # metrics
+    Mutant(
+        "yellow_blue = (image[..., 0] + image[..., 1]) / 2 - image",
+        "yellow_blue = (image[..., 0] + image[..., 1]) - image",
+        METRICS,
+    ),
+    Mutant("a, b = (np.sort(image.reshape(-1, 3), axis=0)", "a, b = (np.sort(image.reshape(-1, 3), axis=1)", METRICS),
+    Mutant("np.clip(enhanced * ((high @ GREY).mean()", "np.clip(enhanced + ((high @ GREY).mean()", METRICS),
+    Mutant(".min(1) <= tolerance", ".max(1) <= tolerance", DATA),
+    # training and resuming
+    Mutant(
+        "rng = np.random.default_rng((self.config.seed, epoch, index))",
+        "rng = np.random.default_rng((self.config.seed, index))",
+        DATA,
+    ),
+    Mutant("order = np.random.default_rng((seed, epoch)).permutation(count)", "order = np.random.permutation(count)", TRAINING),
+    Mutant("torch.manual_seed(self.config.seed * 1_000_003 + self.step)", "torch.seed()", TRAINING),
+    Mutant("config.seed)[self.step % self.steps_per_epoch :]", "config.seed)", TRAINING),
+    Mutant('self.optimizer.load_state_dict(training["optimizer"])', "pass", TRAINING),
+    Mutant('self.ema.n_averaged.copy_(training["averaged"])', "pass", TRAINING),
+    Mutant("torch._foreach_lerp_(averages, current, 1 - now)", "torch._foreach_lerp_(averages, current, now)", TRAINING),
+    Mutant('better = means["psnr"] > self.best', 'better = means["psnr"] < self.best', TRAINING),
+    Mutant("os.replace(temporary, path)", "shutil.copy(temporary, path)", TRAINING),
+    Mutant("len(chunk) / len(batch)) for chunk in chunks]", "1 / len(chunks)) for chunk in chunks]", "test_processes"),
+]
+
+
+def passes(copy: Path, source: str, names: set[str]) -> bool:
+    """Whether the named test files pass with `source` as the script."""
+    (copy / "model_script.py").write_text(source, encoding="utf-8")
+    files = [f"tests/{name}.py" for name in sorted(names)]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *files], cwd=copy, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # neither passed nor failed
+        sys.exit(done.stdout + done.stderr)
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Try the mutants of the given numbers, or all."""
+    source = (ROOT / "model_script.py").read_text(encoding="utf-8")
+    chosen = [int(text) for text in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    alive = []
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "project"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "results", "logs", "train-*", "eval-*")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        if not passes(copy, source, {MUTANTS[number - 1].tests for number in chosen}):
+            sys.exit("the tests fail without any mutant: mend that first")
+        for number in chosen:
+            started, mutant = time.monotonic(), MUTANTS[number - 1]
+            if source.count(mutant.before) != 1:
+                sys.exit(f"not found exactly once in model_script.py: {mutant.before}")
+            if survived := passes(copy, source.replace(mutant.before, mutant.after), {mutant.tests}):
+                alive.append(number)
+            word = "SURVIVED" if survived else "killed"
+            print(f"{number:2} {word} in {time.monotonic() - started:.0f} s: {mutant.after[:90]}", flush=True)
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} killed")
+    sys.exit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
