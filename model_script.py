@@ -46,7 +46,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and tests read it here.
@@ -190,7 +190,7 @@ def allowed(key: dataclasses.Field) -> str:
         return "one of " + ", ".join(choices)
     words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
     words |= {"list[int]": "a list of integers", "list[float]": "a list of numbers"}
-    return words[key.type] + (f" in [{low:g}, {high:g}]" if low is not None else "")
+    return words[str(key.type)] + (f" in [{low:g}, {high:g}]" if low is not None else "")
 
 
 def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
@@ -405,7 +405,7 @@ import skimage  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -466,8 +466,8 @@ def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
     """A PIL picture or a (3, H, W) tensor in [0, 1], rounded to the nearest of 256 levels; the suffix sets the format."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(to_uint8(image))
     with atomic_path(path) as temporary:
-        lossy = temporary.suffix.lower() in (".jpg", ".jpeg", ".webp")
-        picture.save(temporary, **({"quality": 95} if lossy else {}))
+        lossy: dict[str, Any] = {"quality": 95} if temporary.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+        picture.save(temporary, **lossy)
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
@@ -560,7 +560,8 @@ def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
     """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before `picture` is decoded."""
     if picture.mode.startswith("I"):
         return np.clip(np.asarray(picture).astype(np.int64), 0, 65535).astype(np.uint16)[..., None]
-    if picture.format == "PNG" and any("16" in str(tile[3]) for tile in picture.tile):  # Pillow would keep 8 of the 16 bits
+    tiles = getattr(picture, "tile", ()) if picture.format == "PNG" else ()
+    if any("16" in str(tile[3]) for tile in tiles):  # Pillow would keep 8 of the 16 bits
         try:
             from torchvision.io import decode_image  # two seconds to import
         except ImportError:  # deprecated since torchvision 0.29; without it Pillow's 8 bits have to do
@@ -570,7 +571,7 @@ def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of that deprecation
             return decode_image(encoded).permute(1, 2, 0).numpy()
-    if picture.format == "TIFF" and 16 in np.atleast_1d(picture.tag_v2.get(258, 8)):
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and 16 in np.atleast_1d(picture.tag_v2.get(258, 8)):
         import tifffile  # comes with scikit-image
 
         try:
@@ -630,7 +631,7 @@ def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int 
     if pixels.dtype == np.uint16:
         import tifffile
 
-        deep = dict(photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None)
+        deep: dict[str, Any] = dict(photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None)
         tifffile.imwrite(encoded, pixels, extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None, **deep)
     else:
         extras: dict[str, Any] = {"exif": like.exif} if like.exif else {}
@@ -862,7 +863,7 @@ class TrainingSamples(Dataset):
         """Top, left, height, width of the part that plays the whole picture, so that the global branch sees variety."""
         sides = [max(16, round(side * rng.uniform(self.config.window_min, 1))) for side in shape[:2]]
         top, left = (int(rng.integers(0, full - side + 1)) for full, side in zip(shape[:2], sides, strict=True))
-        return top, left, *sides
+        return top, left, sides[0], sides[1]
 
     def _crop(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, tuple[float, ...]]:
         """A crop_size square of a (2, 3, H, W) pair at one of crop_scales, and the box it was cut from."""
@@ -876,20 +877,21 @@ class TrainingSamples(Dataset):
         return pixels, (left / width, top / height, (left + side) / width, (top + side) / height)
 
     def _augment(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        low, high, thumbnail, box = sample
+        low, high, thumbnail = sample[:3]
         flip_x, flip_y, swap = (bool(x) for x in rng.integers(0, 2, 3))
         gain = 2.0 ** (self.config.exposure_gain * rng.uniform(-1, 1))
         gains = torch.tensor(gain * (1 + self.config.channel_gain * rng.uniform(-1, 1, 3)), dtype=torch.float32)[:, None, None]
         low, thumbnail = (low * gains).clamp(0, 1), (thumbnail * gains).clamp(0, 1)
-        left, top, right, bottom = box.tolist()
-        pictures = (low, high, thumbnail)
+        left, top, right, bottom = sample.box.tolist()
+        pictures = [low, high, thumbnail]
         if self.config.flips and flip_x:
-            pictures, (left, right) = tuple(p.flip(-1) for p in pictures), (1 - right, 1 - left)
+            pictures, (left, right) = [p.flip(-1) for p in pictures], (1 - right, 1 - left)
         if self.config.flips and flip_y:
-            pictures, (top, bottom) = tuple(p.flip(-2) for p in pictures), (1 - bottom, 1 - top)
+            pictures, (top, bottom) = [p.flip(-2) for p in pictures], (1 - bottom, 1 - top)
         if self.config.flips and swap and low.shape[-1] == low.shape[-2]:
-            pictures, (left, top, right, bottom) = tuple(p.mT for p in pictures), (top, left, bottom, right)
-        return Sample(*(p.contiguous() for p in pictures), torch.tensor([left, top, right, bottom]))
+            pictures, (left, top, right, bottom) = [p.mT for p in pictures], (top, left, bottom, right)
+        low, high, thumbnail = (picture.contiguous() for picture in pictures)
+        return Sample(low, high, thumbnail, torch.tensor([left, top, right, bottom]))
 
 
 def batch_plan(count: int, batch_size: int, epoch: int, seed: int) -> list[list[tuple[int, int]]]:
@@ -1029,7 +1031,8 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor, condition: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         total = z.new_zeros(len(z))
-        for layer, level in zip(reversed(self.layers), reversed(self.levels), strict=True):
+        layers: Iterable[Any] = reversed(self.layers)
+        for layer, level in zip(layers, reversed(self.levels), strict=True):
             z, log_det = layer.inverse(z, condition[level])
             total = total + log_det
         return z, total
@@ -1047,8 +1050,8 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     """The layer, starting at zero, so that what it feeds starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -1108,6 +1111,46 @@ def sample_grid(grid: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
     y = top + (bottom - top) * (torch.arange(height, device=grid.device) + 0.5) / height  # (B, h)
     points = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
     return F.grid_sample(grid, points * 2 - 1, padding_mode="border", align_corners=False)
+
+
+class System(nn.Module):
+    """What training, evaluation and enhancement ask of a model; subclasses are built from their config alone.
+
+    They must have `losses` and `enhance`; the rest is there to be overridden.
+    """
+
+    system = ""  # the name that checkpoints carry, so that no other system reads them; empty: the class's
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def losses(self, batch: Sample) -> dict[str, Tensor]:
+        """Named scalars, means over the batch, whose sum is minimised."""
+        raise NotImplementedError
+
+    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, the same shape and range, any sides of at least 16."""
+        raise NotImplementedError
+
+    def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(bits per dimension (B,), standardised latent) of `high` given `low`; None for a model that knows none."""
+        return None
+
+    def pictures(self, low: Tensor) -> dict[str, Tensor]:
+        """Further pictures (B, 3, h, w) in [0, 1] by name, for TensorBoard and results."""
+        return {}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of all stages; a group's `lr_scale` multiplies the scheduled rate."""
+        return adamw(self.parameters(), self.config)
+
+    def learning_rate_at(self, progress: float, step: int) -> float:
+        """The rate of a step; `progress` in [0, 1] is the share of the run that is done."""
+        return learning_rate_at(progress, step, self.config)
+
+    def begin_step(self, progress: float) -> None:
+        """Told before every step, for training in stages: what it does must follow from `progress` alone."""
 
 
 class GlobalBranch(nn.Module):
@@ -1213,15 +1256,14 @@ def bits_per_dim(log_likelihood: Tensor, dimensions: int) -> Tensor:
     return -log_likelihood / (dimensions * math.log(2)) + 8
 
 
-class ConditionalFlow(nn.Module):
+class ConditionalFlow(System):
     """p(high | low): an exact flow whose prior N(mu(low), sigma^2 I) has mu from a global and a local branch."""
 
     system = "ConditionalFlow"
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         width = config.flow_channels // 2
-        self.config = config
         self.global_branch = GlobalBranch(width, config.global_dropout)
         self.local_branch = LocalBranch(width)
         self.flow = Flow(config.num_flow_blocks, config.flow_channels, width, 2 * width)
@@ -1273,12 +1315,7 @@ class ConditionalFlow(nn.Module):
             terms["nll"] = config.nll_weight * bits.mean()
         if config.l1_weight or config.ssim_weight or config.colour_weight:
             enhanced = self.decode(condition.prior_mean, condition)[..., :height, :width]
-            if config.l1_weight:
-                terms["l1"] = config.l1_weight * F.l1_loss(enhanced, batch.high)
-            if config.ssim_weight:
-                terms["ssim"] = config.ssim_weight * (1 - ssim(enhanced, batch.high).mean())
-            if config.colour_weight:
-                terms["colour"] = config.colour_weight * colour_loss(enhanced, batch.high, config)
+            terms |= picture_losses(enhanced, batch.high, config)
         return terms
 
     def _bits(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
@@ -1362,7 +1399,7 @@ def histogram_wasserstein(p: Tensor, q: Tensor) -> Tensor:
 
 def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
     """Mean per-channel Wasserstein distance between the colour histograms of (B, 3, H, W) images in [0, 1]."""
-    size = [min(config.histogram_size, side) for side in a.shape[-2:]]
+    size = (min(config.histogram_size, a.shape[-2]), min(config.histogram_size, a.shape[-1]))
     histograms = [
         soft_histogram(
             F.adaptive_avg_pool2d(image, size).flatten(2),
@@ -1373,6 +1410,18 @@ def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
         for image in (a, b)
     ]
     return histogram_wasserstein(*histograms).mean()
+
+
+def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
+    """The weighted terms that compare (B, 3, H, W) pictures in [0, 1]; those of weight 0 are not computed."""
+    terms: dict[str, Tensor] = {}
+    if config.l1_weight:
+        terms["l1"] = config.l1_weight * F.l1_loss(enhanced, high)
+    if config.ssim_weight:
+        terms["ssim"] = config.ssim_weight * (1 - ssim(enhanced, high).mean())
+    if config.colour_weight:
+        terms["colour"] = config.colour_weight * colour_loss(enhanced, high, config)
+    return terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1432,7 +1481,7 @@ def process_group(mode: str, device: str) -> Iterator[None]:
         if here > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start one process each")
         torch.cuda.set_device(place)
-    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which leaves cores idle
+    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which leaves cores idle
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     where: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -1475,9 +1524,9 @@ class Runtime(NamedTuple):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: System) -> System:
         """The model on the device, channels last: 1.2x (batch 8) to 9x (batch 1) faster 3x3 convolutions on CPU."""
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device).to(memory_format=torch.channels_last)
 
     def batch(self, sample: Sample) -> Sample:
         return Sample(*(part.to(self.device, non_blocking=True) for part in sample))
@@ -1534,19 +1583,19 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str, settings: dict[str,
     return apply_settings(config, settings, "config")
 
 
-def system_of(model_class: type[nn.Module]) -> str:
+def system_of(model_class: type[System]) -> str:
     """The name that a model's checkpoints carry, so that no other system reads them."""
-    return getattr(model_class, "system", model_class.__name__)
+    return model_class.system or model_class.__name__
 
 
-def check_system(checkpoint: dict[str, Any], path: str, model_class: type[nn.Module]) -> None:
+def check_system(checkpoint: dict[str, Any], path: str, model_class: type[System]) -> None:
     """Raises UserError when the checkpoint is another system's."""
     theirs, ours = checkpoint.get("system", ConditionalFlow.system), system_of(model_class)
     if theirs != ours:
         raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; use the script that trained them")
 
 
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
+def load_weights(model: System, checkpoint: dict[str, Any], path: str) -> None:
     """Put a checkpoint's weights into `model`. Raises UserError when they do not fit or are not finite."""
     check_system(checkpoint, path, type(model))
     try:
@@ -1699,8 +1748,8 @@ def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") 
     """(3, H, W) images side by side under a caption line that names each; `scores` follows the second label."""
     height, width = images[0].shape[-2:]
     shown = max(width, 200)  # captions need room
-    font = ImageFont.load_default(size=max(11, shown // 32))
-    bar = int(font.size * 1.8)
+    points = max(11, shown // 32)
+    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
     scale = shown / width
     canvas = Image.new("RGB", (shown * len(images) + 4 * (len(images) - 1), round(height * scale) + bar), "white")
     draw = ImageDraw.Draw(canvas)
@@ -1744,7 +1793,7 @@ def adamw(parameters: Iterable[Any], config: Config) -> torch.optim.Optimizer:
 def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
     """Exponential moving average of the weights; its decay warms up as (1 + n) / (10 + n), so that it forgets the start."""
 
-    def average(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def average(averages: Any, current: Any, count: Tensor | int) -> None:  # tuples or lists of tensors
         now = min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averages, current, 1 - now)
 
@@ -1809,7 +1858,7 @@ def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list
 class LossModule(nn.Module):
     """A model's losses as a forward pass, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: System) -> None:
         super().__init__()
         self.model = model
 
@@ -1833,7 +1882,7 @@ class Trainer:
     Under torchrun every process does its share of each batch, and the steps are those of one process (but for rounding).
     """
 
-    def __init__(self, config: Config, model_class: type[nn.Module], resume: str | None = None) -> None:
+    def __init__(self, config: Config, model_class: type[System], resume: str | None = None) -> None:
         self.config, self.runtime = config, choose_runtime(config)
         state = load_checkpoint(resume) if resume else None
         if state is not None and "training" not in state:
@@ -1848,10 +1897,11 @@ class Trainer:
             load_weights(model, load_checkpoint(config.init_from), config.init_from)
         self.model = self.runtime.place(model)
         self.ema = averaged_model(self.model, config.ema_decay)
-        own = getattr(self.model, "make_optimizer", None)
-        self.optimizer = own() if own else adamw(self.model.parameters(), config)
+        self.averaged = cast(System, self.ema.module)
+        self.optimizer = self.model.make_optimizer()
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
-        self.step, self.minutes, self.best, self.kept = 0, 0.0, -math.inf, []
+        self.step, self.minutes, self.best = 0, 0.0, -math.inf
+        self.kept: list[str] = []  # checkpoint_epoch_N.pth, the newest last
         self.run_id = from_first(datetime.now().strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex())
         if state is not None:
             self._restore(state, str(resume))
@@ -1867,7 +1917,7 @@ class Trainer:
     # state ------------------------------------------------------------------------------------------------------------
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        load_weights(self.ema.module, state, path)
+        load_weights(self.averaged, state, path)
         try:
             training = state["training"]
             self.model.load_state_dict(training["model"])
@@ -1883,9 +1933,9 @@ class Trainer:
         """What enhancement needs: averaged weights, the config, where they come from, and how to know the training pictures."""
         return {
             "run_id": self.run_id,
-            "system": system_of(type(self.ema.module)),
+            "system": system_of(type(self.averaged)),
             "config": dataclasses.asdict(self.config),
-            "model": self.ema.module.state_dict(),
+            "model": self.averaged.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
             "training_thumbnails": torch.from_numpy(self.store.thumbnails),
         }
@@ -1921,8 +1971,9 @@ class Trainer:
                 (self.folder / other).unlink()
 
     def _claim_folder(self) -> None:
-        """Note whose folder this is, for torchrun's restarts, and remove what a killed process of this run left over."""
-        write_bytes(self.folder / RUN_FILE, self.run_id.encode())
+        """Under torchrun note whose folder this is, for its restarts; remove what a killed process of this run left over."""
+        if dist.is_torchelastic_launched():
+            write_bytes(self.folder / RUN_FILE, self.run_id.encode())
         for path in self.folder.glob(".*.pth"):
             if time.time() - path.stat().st_mtime > 60:
                 path.unlink()
@@ -1977,7 +2028,7 @@ class Trainer:
         by_time = self.minutes / self.config.max_minutes if self.config.max_minutes else 0.0
         return max(self.step / self.total_steps, by_time)
 
-    def _loader(self, batches: Sequence[Sequence[tuple[int, int]]]) -> DataLoader:
+    def _loader(self, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
         config = self.config
         samples = TrainingSamples(self.store, self.training, config)
         return DataLoader(
@@ -1998,7 +2049,7 @@ class Trainer:
         parts = iter(self._loader([part for plan in plans for part, _ in plan]))
         started = time.monotonic()
         for batch, plan in zip(batches, plans, strict=True):
-            terms, norm, rate = self._train_step((next(parts), weight) for _, weight in plan)
+            terms, norm, rate = self._train_step([(next(parts), weight) for _, weight in plan])
             seconds, started = time.monotonic() - started + 1e-9, time.monotonic()
             # the first process's clock and anybody's signal count for all
             clock = torch.tensor([seconds if rank() == 0 else 0.0, float(bool(interrupted))], device=self.runtime.device)
@@ -2016,23 +2067,22 @@ class Trainer:
                 return bool(stop)
         return False
 
-    def _train_step(self, parts: Iterable[tuple[Sample, float]]) -> tuple[dict[str, float], float, float]:
+    def _train_step(self, parts: Sequence[tuple[Sample, float]]) -> tuple[dict[str, float], float, float]:
         """One update; returns the loss terms, the gradient's norm before clipping and the learning rate.
 
         `parts` are this process's share of the batch, each with its weight; all processes' weights sum to 1.
         """
         progress = self._progress()
-        if hasattr(self.model, "begin_step"):
-            self.model.begin_step(progress)
-        rate = getattr(self.model, "learning_rate_at", learning_rate_at)(progress, self.step, self.config)
+        self.model.begin_step(progress)
+        rate = self.model.learning_rate_at(progress, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        parts, values = list(parts), {}
+        values: dict[str, Any] = {}
         for place, (batch, weight) in enumerate(parts, 1):
             torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and noise repeat: on resume, in every part
             alone = processes() == 1 or place == len(parts)  # gradients are exchanged once, after the last part
-            with nullcontext() if alone else self.parallel.no_sync():
+            with nullcontext() if alone else cast(Any, self.parallel).no_sync():
                 with self.runtime.autocast():
                     terms = self.parallel(self.runtime.batch(batch))
                 # DistributedDataParallel takes the mean over the processes, the weights ask for the sum
@@ -2080,8 +2130,8 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, epoch: int) -> None:
         """Score the averaged weights on the validation pairs; the best PSNR so far is saved as best_model.pth."""
-        model = self.ema.module.eval()
-        scores, shown, latents = [], [], []
+        model = self.averaged.eval()
+        scores, shown, latents = [], list[Tensor](), list[Tensor]()
         for index in my_share(self.validation):
             torch.manual_seed(self.config.seed + index)  # the same dequantisation noise every time
             low, high = (to_tensor(pixels)[None].to(self.runtime.device) for pixels in self.held_out[index])
@@ -2089,13 +2139,14 @@ class Trainer:
                 low, high = (resize(image, self.config.image_size, quantise=True) for image in (low, high))
             with self.runtime.autocast():
                 enhanced = model.enhance(low)
-                bits, latent = model.likelihood(high, low) if hasattr(model, "likelihood") else (math.nan, None)
+                likelihood = model.likelihood(high, low)
             pixels = [image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)]
-            scores.append({"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": float(bits)})
+            bits = float(likelihood[0]) if likelihood else math.nan
+            scores.append({"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": bits})
             if len(shown) < 4:
-                extra = model.pictures(low).values() if hasattr(model, "pictures") else []
+                extra = model.pictures(low).values()
                 shown.append(torch.cat([low[0], enhanced[0], high[0], *(picture[0] for picture in extra)], dim=-1).cpu())
-                latents += [] if latent is None else [latent.flatten().cpu()]
+                latents += [likelihood[1].flatten().cpu()] if likelihood else []
         scores = [score for share in from_all(scores) for score in share]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
         means = {name: value for name, value in means.items() if not math.isnan(value)}
@@ -2136,7 +2187,7 @@ def resume_from(arguments: argparse.Namespace, config_class: type[Config]) -> st
     return arguments.resume
 
 
-def train(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+def train(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode train."""
     resume = from_first(resume_from(arguments, config_class))
     if resume:
@@ -2151,7 +2202,7 @@ def train(arguments: argparse.Namespace, model_class: type[nn.Module], config_cl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: str, settings: dict[str, Any], model_class: type[nn.Module], config_class: type[Config]) -> Any:
+def load_model(path: str, settings: dict[str, Any], model_class: type[System], config_class: type[Config]) -> Any:
     """(model, its config under `settings`, runtime, checkpoint content) for evaluation and enhancement."""
     checkpoint = load_checkpoint(path)
     check_system(checkpoint, path, model_class)
@@ -2182,7 +2233,7 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score_pairs(
-    model: nn.Module, store: PairStore, config: Config, runtime: Runtime, twins: Sequence[bool | None]
+    model: System, store: PairStore, config: Config, runtime: Runtime, twins: Sequence[bool | None]
 ) -> Iterator[Scored]:
     """Enhance and score this process's share of the pairs of `store`, in order; by one process, all."""
     size, lpips_of = evaluation_size(config), load_lpips()
@@ -2200,13 +2251,13 @@ def score_pairs(
         seconds = time.perf_counter() - started
         ours, target = (image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high))
         row: dict[str, Any] = {"filename": pair.low.name, **image_metrics(ours, target)}
-        if hasattr(model, "likelihood"):
-            with runtime.autocast():
-                row["bits_per_dim"] = float(model.likelihood(high, low)[0])
+        with runtime.autocast():
+            likelihood = model.likelihood(high, low)
+        row |= {"bits_per_dim": float(likelihood[0])} if likelihood else {}
         if lpips_of:
             row |= {"lpips": lpips_of(ours, target), "lpips_gt_mean": lpips_of(match_mean(ours, target), target)}
         row |= {"twin_in_training": twins[index], "seconds": seconds}
-        extra = model.pictures(low) if hasattr(model, "pictures") else {}
+        extra = model.pictures(low)
         yield Scored(low[0].cpu(), enhanced[0], high[0].cpu(), row, {name: image[0].cpu() for name, image in extra.items()})
 
 
@@ -2279,7 +2330,7 @@ def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
     return contact_sheet([Image.open(images / f"{Path(rows[i]['filename']).stem}_viz.png") for i in chosen])
 
 
-def evaluate(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+def evaluate(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode evaluate."""
     model, config, runtime, checkpoint = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
     store = PairStore(choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes), config)
@@ -2418,7 +2469,7 @@ def plan_tiles(height: int, width: int, side: int, halo: int) -> list[Tile]:
     return [Tile((*row[:2], *column[:2]), (*row[2:], *column[2:])) for row in rows for column in columns]
 
 
-def tile_side(model: nn.Module, config: Config) -> int:
+def tile_side(model: ConditionalFlow, config: Config) -> int:
     """The largest tile whose work, halo included, fits in memory_megabytes; `tile_size` where the config names one."""
     if config.tile_size:
         return config.tile_size
@@ -2466,29 +2517,30 @@ class Enhanced(NamedTuple):
 
 @torch.no_grad()
 def enhance_pixels(
-    model: nn.Module, pixels: np.ndarray, config: Config, runtime: Runtime, survey: Survey | None = None
+    model: System, pixels: np.ndarray, config: Config, runtime: Runtime, survey: Survey | None = None
 ) -> Enhanced:
     """Enhance (H, W, 3) uint8 or uint16 pixels of any size, in tiles where they are many, and draw what the config asks for.
 
-    Tiles overlap by the model's reach and share one survey of the whole picture, so that no seam can show. A model without
-    `reach` sees the picture whole. `survey` replaces the picture's own.
+    Tiles overlap by the model's reach and share one survey of the whole picture, so that no seam can show. Another system
+    sees the picture whole. `survey` replaces the picture's own.
     """
     height, width = pixels.shape[:2]
     wanted = config.samples if config.samples > 1 or not config.uncertainty else 16
     temperature = config.temperature or (1.0 if wanted else 0.0)
     best, deviation = np.empty((height, width, 3), np.uint16), np.empty((height, width), np.float32)  # no memory until used
     samples = [np.empty_like(best) for _ in range(config.samples)]
-    tiled = hasattr(model, "reach")
-    if tiled and survey is None:
-        with runtime.autocast():
-            survey = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
-    halo, side = (model.reach, tile_side(model, config)) if tiled else (0, max(height, width))
+    halo, side = 0, max(height, width)
+    if isinstance(model, ConditionalFlow):
+        halo, side = model.reach, tile_side(model, config)
+        if survey is None:
+            with runtime.autocast():
+                survey = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
     for core, outer in plan_tiles(height, width, side, halo):
         low = to_tensor(pixels[outer[0] : outer[1], outer[2] : outer[3]])[None].to(runtime.device)
         here = (slice(*core[:2]), slice(*core[2:]))
         inside = (0, slice(None), slice(core[0] - outer[0], core[1] - outer[0]), slice(core[2] - outer[2], core[3] - outer[2]))
         with runtime.autocast():
-            if tiled:
+            if isinstance(model, ConditionalFlow) and survey is not None:
                 draw = tile_decoder(model, low, survey, outer, (height, width), config.seed)
             else:
                 draw = whole_decoder(model, low, config.seed)
@@ -2502,7 +2554,7 @@ def enhance_pixels(
 
 
 def tile_decoder(
-    model: nn.Module, low: Tensor, survey: Survey, outer: Sequence[int], size: Sequence[int], seed: int
+    model: ConditionalFlow, low: Tensor, survey: Survey, outer: Sequence[int], size: Sequence[int], seed: int
 ) -> Callable[[int, float], Tensor]:
     """A function of sample number and temperature that gives the enhanced tile (1, 3, h, w); it looks at `low` only once."""
     (top, bottom, left, right), (height, width) = outer, size
@@ -2519,7 +2571,7 @@ def tile_decoder(
     return draw
 
 
-def whole_decoder(model: nn.Module, low: Tensor, seed: int) -> Callable[[int, float], Tensor]:
+def whole_decoder(model: System, low: Tensor, seed: int) -> Callable[[int, float], Tensor]:
     """The same for a model that knows no tiles."""
 
     def draw(number: int, temperature: float) -> Tensor:
@@ -2562,7 +2614,7 @@ def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
 
 
 def enhance_file(
-    source: Path, target: Path, model: nn.Module, config: Config, runtime: Runtime, brightness: float | None
+    source: Path, target: Path, model: System, config: Config, runtime: Runtime, brightness: float | None
 ) -> dict[str, Any]:
     """Enhance one picture and write what the config asks for; returns its row of enhance.csv. Raises UserError.
 
@@ -2602,7 +2654,7 @@ def smooth_survey(old: Survey | None, now: Survey, rate: float) -> Survey:
 
 
 def enhance_video(
-    source: Path, target: Path, model: nn.Module, config: Config, runtime: Runtime, brightness: float | None
+    source: Path, target: Path, model: System, config: Config, runtime: Runtime, brightness: float | None
 ) -> dict[str, Any]:
     """Enhance every frame of a clip, with its sound; returns its row of enhance.csv. Raises UserError.
 
@@ -2613,7 +2665,7 @@ def enhance_video(
         import av
     except ImportError:
         raise UserError(f"{source}: clips need the optional package av; run pip install av") from None
-    if not hasattr(model, "survey"):
+    if not isinstance(model, ConditionalFlow):
         raise UserError(f"{source}: this model has no survey to smooth over time; give it single pictures")
     started, frames, before, after = time.perf_counter(), 0, 0.0, 0.0
     survey, stops = None, config.exposure
@@ -2632,6 +2684,8 @@ def enhance_video(
                         writing.mux(packet)
                     continue
                 for frame in packet.decode():
+                    if not isinstance(frame, av.VideoFrame):
+                        continue
                     pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
                     pixels = pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2]
                     if min(pixels.shape[:2]) < 16:
@@ -2700,7 +2754,7 @@ def enhance_folder(
     return 1 if failed else 0
 
 
-def enhance(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+def enhance(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode enhance: a picture, a folder or a pattern, each at its own resolution."""
     given, target = arguments.input, Path(arguments.output)
     many = os.path.isdir(given) or (glob.has_magic(given) and not os.path.exists(given))
@@ -2798,7 +2852,7 @@ def gamma_baseline(store: PairStore) -> float:
     return min(np.arange(0.1, 1.01, 0.05), key=lambda exponent: float(((low**exponent - high) ** 2).mean()))
 
 
-def demo(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+def demo(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode demo: simulate, train a small model, evaluate it on other photographs, print the comparison."""
     settings = arguments.settings
     base = apply_settings(config_class(), settings, "config")
@@ -2860,6 +2914,8 @@ def demo_table(config: Config, folder: Path, evaluation: Path) -> int:
 class FixedConv(nn.Module):
     """The inverse of an InvertibleConv with its matrix worked out, which ONNX has no operator for."""
 
+    weight: Tensor
+
     def __init__(self, layer: InvertibleConv) -> None:
         super().__init__()
         self.register_buffer("weight", torch.linalg.inv(layer.weight().double()).float()[:, :, None, None])
@@ -2871,7 +2927,7 @@ class FixedConv(nn.Module):
 class Enhancer(nn.Module):
     """low (1, 3, H, W) in [0, 1] -> enhanced, the same shape; all that `enhance` does, thumbnail and padding included."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: System) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).float().cpu().eval()
         for layers in [module.layers for module in self.model.modules() if isinstance(module, Flow)]:
@@ -2899,7 +2955,7 @@ EXPORT_SIZES = ((64, 96), (131, 201), (400, 600))
 EXPORT_TOLERANCE = 1e-3
 
 
-def export(arguments: argparse.Namespace, model_class: type[nn.Module], config_class: type[Config]) -> int:
+def export(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode export: an ONNX file with free height and width, compared with PyTorch at three sizes before it is written."""
     target = Path(arguments.output)
     if target.suffix.lower() != ".onnx":
@@ -2949,22 +3005,12 @@ MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo,
 
 
 def main(
-    argv: Sequence[str] | None = None, model_class: type[nn.Module] = ConditionalFlow, config_class: type[Config] = Config
+    argv: Sequence[str] | None = None, model_class: type[System] = ConditionalFlow, config_class: type[Config] = Config
 ) -> int:
     """Run one mode; returns the exit status.
 
-    Another model brings its class and a subclass of Config, whose file needs `from __future__ import annotations`, as its
-    fields' types are read as text. The class is built from its config and has
-
-    losses(batch: Sample) -> dict of named scalar tensors, whose sum is minimised
-    enhance(low (B, 3, H, W), temperature) -> the same shape, in [0, 1], for any sides of at least 16
-
-    and where it wants to
-
-    likelihood(high, low) -> (bits per dimension (B,), standardised latent); pictures(low) -> further pictures (B, 3, h, w)
-    by name, for TensorBoard and results; make_optimizer() -> its own optimizer, see `adamw`; learning_rate_at, its own
-    schedule; begin_step(progress), told before every step the share of the run that is done, for training in stages (what
-    it does must follow from `progress` alone, so that a resumed run does the same); reach, survey and condition, for tiles.
+    Another model is a subclass of System, and brings a subclass of Config with its own keys; the file of that needs
+    `from __future__ import annotations`, as its fields' types are read as text.
     """
     try:
         arguments = parse_command_line(argv, config_class)

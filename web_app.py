@@ -191,11 +191,11 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
             flask.abort(say(404, "this result is no longer kept; upload the picture again"))
         return job
 
-    def finished(name: str) -> Job:
+    def finished(name: str) -> tuple[ms.Picture, ms.Enhanced]:
         job = find(name)
-        if job.enhanced is None:
+        if job.picture is None or job.enhanced is None:
             flask.abort(say(409, job.message or "not ready yet"))
-        return job
+        return job.picture, job.enhanced
 
     def number(name: str, default: float, low: float, high: float) -> float:
         try:
@@ -266,21 +266,21 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
 
     @app.get("/jobs/<name>/<what>")
     def picture(name: str, what: str) -> flask.Response:
-        job = finished(name)
+        given, found = finished(name)
         whole = flask.request.args.get("full") == "1"
-        if what == "uncertainty" and job.enhanced.deviation is not None:
-            return picture_response(encode_view(ms.heat_map(job.enhanced.deviation), whole), "png" if whole else "jpeg")
+        if what == "uncertainty" and found.deviation is not None:
+            return picture_response(encode_view(ms.heat_map(found.deviation), whole), "png" if whole else "jpeg")
         if what == "low":
-            pixels = job.picture.pixels
+            pixels = given.pixels
             shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
             return picture_response(encode_view(shallow, False), "jpeg")
-        choices = {"enhanced": job.enhanced.best, **{f"sample{n}": s for n, s in enumerate(job.enhanced.samples, 1)}}
+        choices = {"enhanced": found.best, **{f"sample{n}": s for n, s in enumerate(found.samples, 1)}}
         if what not in choices:
             return say(404, "no such picture")
-        deep = whole and job.picture.pixels.dtype == np.uint16
+        deep = whole and given.pixels.dtype == np.uint16
         pixels = ms.level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
         if whole:
-            return picture_response(ms.encode_picture(pixels, ".png", job.picture), "png", what)
+            return picture_response(ms.encode_picture(pixels, ".png", given), "png", what)
         return picture_response(encode_view(pixels, False), "jpeg")
 
     @app.errorhandler(413)
@@ -321,10 +321,10 @@ def encode_view(pixels: np.ndarray, whole: bool) -> bytes:
 def find_checkpoints(given: Sequence[str]) -> list[Path]:
     """Those given, or every best_model.pth and *.pth under checkpoints/ that holds a model. Raises UserError for none."""
     if given:
-        for path in given:
-            ms.load_checkpoint(path)
-        return [Path(path) for path in given]
-    found = []
+        for name in given:
+            ms.load_checkpoint(name)
+        return [Path(name) for name in given]
+    found: list[Path] = []
     for path in sorted((ROOT / "checkpoints").rglob("*.pth"), key=lambda path: (path.name != "best_model.pth", str(path))):
         try:
             ms.load_checkpoint(str(path))

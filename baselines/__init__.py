@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+from torch import Tensor
+
 SYSTEMS = {  # the name in a checkpoint: module, model, config, recipe for two cores
     "ConditionalFlow": ("model_script", "ConditionalFlow", "Config", "cpu_train_config.json"),
     "RetinexNet": ("baselines.retinexnet", "RetinexNet", "RetinexConfig", "baselines/retinexnet.json"),
@@ -18,3 +21,12 @@ def classes(system: str) -> tuple[type[Any], type[Any]]:
     module, model, config, _ = SYSTEMS[system]
     found = importlib.import_module(module)
     return getattr(found, model), getattr(found, config)
+
+
+def equalise(low: Tensor) -> Tensor:
+    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1]; a constant becomes 0."""
+    levels = (low.float() * 255).round().long().flatten(2)
+    counts = torch.zeros(*levels.shape[:2], 256, device=low.device).scatter_add(2, levels, torch.ones_like(levels).float())
+    below = counts.cumsum(2).gather(2, levels)  # pixels that are no brighter, whole numbers: any order gives the same sum
+    lowest = below.amin(2, keepdim=True)
+    return ((below - lowest) / (levels.shape[2] - lowest).clamp(min=1)).reshape(low.shape).to(low.dtype)

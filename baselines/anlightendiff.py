@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model_script as ms
+from baselines import equalise
 
 
 @dataclass
@@ -136,16 +137,6 @@ def sampling_times(timesteps: int, steps: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What the condition U-Net sees
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def equalise(image: Tensor) -> Tensor:
-    """(B, C, H, W) in [0, 1], each channel's 256-level histogram flattened as OpenCV's equalizeHist does."""
-    levels = (image.float() * 255).round().long().flatten(2)
-    counts = torch.zeros(*levels.shape[:2], 256, device=image.device)
-    cumulative = counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=counts.dtype)).cumsum(2)
-    first = cumulative.gather(2, levels.amin(2, keepdim=True))  # pixels of the darkest level become 0
-    share = (cumulative.gather(2, levels) - first) / (levels.shape[2] - first).clamp(min=1)
-    return share.reshape(image.shape)
 
 
 def colour_map(low: Tensor) -> Tensor:
@@ -278,16 +269,16 @@ def image_loss(kind: str, a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class AnlightenDiff(nn.Module):
+class AnlightenDiff(ms.System):
     """A condition U-Net that predicts the centre, and a denoising U-Net that its features steer."""
 
-    system = "AnlightenDiff"
+    config: AnlightenConfig
+    alpha_bars: Tensor
 
     def __init__(self, config: AnlightenConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.sampling_steps > config.timesteps:
             raise ms.UserError(f"sampling_steps must be at most timesteps ({config.timesteps}), got {config.sampling_steps}")
-        self.config = config
         self.predictor = UNet(12, config, timed=False)
         self.denoiser = UNet(6, config, timed=True)
         self.register_buffer("alpha_bars", cosine_alpha_bars(config.timesteps).float(), persistent=False)
@@ -363,8 +354,9 @@ class AnlightenDiff(nn.Module):
         noisy = anchor = 2 * centre - 1
         generator, spread = self._generator(temperature), temperature or 1.0
         times = sampling_times(config.timesteps, config.sampling_steps)
-        quiet = not (config.sampling_bar or sys.stderr.isatty())
-        bar = tqdm(times, desc="sampling", unit="step", leave=False, disable=quiet, **ms.progress_style())
+        style = ms.progress_style()
+        style["disable"] |= not (config.sampling_bar or sys.stderr.isatty())
+        bar = tqdm(times, desc="sampling", unit="step", leave=False, **style)
         for t, earlier in zip(bar, [*times[1:], None], strict=True):
             step = reverse_step(schedule[t], 1.0 if earlier is None else schedule[earlier])
             guess = self.predict_noise(noisy, low, torch.full((len(low),), t, device=low.device), features)

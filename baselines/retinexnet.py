@@ -176,12 +176,13 @@ def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RetinexNet(nn.Module):
-    """Decom-Net and Enhance-Net with the interface that model_script.main describes."""
+class RetinexNet(ms.System):
+    """Decom-Net and Enhance-Net behind the script's interface."""
+
+    config: RetinexConfig
 
     def __init__(self, config: RetinexConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.decom = DecomNet(config.channels)
         self.relight = EnhanceNet(config.channels, config.transposed)
         self.frozen = False  # in the second stage of split training, where Decom-Net rests
@@ -222,8 +223,9 @@ class RetinexNet(nn.Module):
         groups = [{"params": self.decom.parameters()}, {"params": self.relight.parameters(), "lr_scale": ratio}]
         return ms.adamw(groups, self.config)
 
-    def learning_rate_at(self, progress: float, step: int, config: RetinexConfig) -> float:
+    def learning_rate_at(self, progress: float, step: int) -> float:
         """Decom-Net's rate, in steps that begin anew with each stage; Enhance-Net's is in proportion."""
+        config = self.config
         done = 2 * progress - (progress >= 0.5) if config.training == "split" else progress
         return config.decom_lr * config.decay_factor ** int(done / config.decay_every)
 

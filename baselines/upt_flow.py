@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model_script as ms
+from baselines import equalise
 
 
 @dataclass
@@ -67,15 +68,6 @@ def balance_map(low: Tensor, threshold: float = 0.1) -> Tensor:
     """
     share = low / (low.sum(1, keepdim=True) + 1e-4)
     return (share > threshold).all(1, keepdim=True).to(low.dtype)
-
-
-def equalise(low: Tensor) -> Tensor:
-    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1]; a constant becomes 0."""
-    levels = (low * 255).round().long().flatten(2)
-    counts = torch.zeros(*levels.shape[:2], 256, device=low.device).scatter_add(2, levels, torch.ones_like(levels).float())
-    below = counts.cumsum(2).gather(2, levels)  # pixels that are no brighter, whole numbers: any order gives the same sum
-    lowest = below.amin(2, keepdim=True)
-    return ((below - lowest) / (levels.shape[2] - lowest).clamp(min=1)).reshape(low.shape).to(low.dtype)
 
 
 # MSFormer: every level adds a global branch (attention across channels) and a local one (attention within windows) ---
@@ -144,6 +136,8 @@ class WindowAttention(nn.Module):
     over its rims is masked, which is Swin's cyclic shift with its mask. The paper's depthwise projections are taken of the
     picture rather than window by window, so that no window's rim shows in them.
     """
+
+    relative: Tensor
 
     def __init__(self, channels: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -273,6 +267,8 @@ class ActNorm(nn.Module):
     `initialised` is a buffer: checkpoints and the averaged weights keep it, so that no resumed run sets them anew.
     """
 
+    initialised: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
@@ -282,10 +278,10 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Take shift and scale from a batch (B, C, H, W); a channel that hardly varies is not blown up beyond 1000."""
-        moments = ms.sum_over_processes(torch.stack([x.mean((0, 2, 3)), (x**2).mean((0, 2, 3))])) / ms.processes()
-        mean, deviation = moments[0], (moments[1] - moments[0] ** 2).clamp(min=1e-6).sqrt()
-        self.shift.copy_(-mean[:, None, None])
-        self.log_scale.copy_(-deviation.log()[:, None, None])
+        mean = ms.sum_over_processes(x.mean((0, 2, 3), keepdim=True)[0]) / ms.processes()
+        variance = ms.sum_over_processes(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / ms.processes()
+        self.shift.copy_(-mean)
+        self.log_scale.copy_(-0.5 * variance.clamp(min=1e-6).log())
         self.initialised.fill_(True)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -398,26 +394,26 @@ def whole_blocks(image: Tensor) -> Tensor:
     return image[..., : image.shape[-2] // 8 * 8, : image.shape[-1] // 8 * 8]
 
 
-class UPTFlow(nn.Module):
+class UPTFlow(ms.System):
     """p(high | low) by a flow on dequantised pixels in [0, 1], as in LLFlow without a logit map; its prior is N(0, I).
 
     At the published size it has 23.81 M parameters, 16.72 of them the encoder's; the paper counts 23.45 M. The script's 1x1
     convolution keeps its two triangles in two full matrices, which is 0.39 M more than one, half of them idle.
     """
 
+    config: UPTFlowConfig
+
     def __init__(self, config: UPTFlowConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.encoder_width % 2:
             raise ms.UserError(f"config: encoder_width must be even, got {config.encoder_width}")
-        self.config = config
         self.encoder = MSFormer(6 if config.histogram_input else 3, config)
         self.flow = CrossFlow(config.flow_steps, config.flow_channels, 6 * config.encoder_width)
 
-    @staticmethod
-    def learning_rate_at(progress: float, step: int, config: UPTFlowConfig) -> float:
+    def learning_rate_at(self, progress: float, step: int) -> float:
         """Linear warm-up over warmup_steps; halved at 40, 60, 80 and 90 % of the run (`progress` in [0, 1])."""
-        warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        return config.learning_rate * warm * 0.5 ** sum(progress >= milestone for milestone in MILESTONES)
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        return self.config.learning_rate * warm * 0.5 ** sum(progress >= milestone for milestone in MILESTONES)
 
     def condition(self, low: Tensor) -> list[Tensor]:
         """Features at 1/2, 1/4 and 1/8 of `low` (B, 3, H, W) in [0, 1], sides multiples of 8."""
@@ -431,7 +427,7 @@ class UPTFlow(nn.Module):
 
     def bits(self, high: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), latent) of `high` (B, 3, H, W), sides multiples of 8."""
-        latent, log_det = self.flow(ms.dequantise(high, torch.rand_like(high)), features)
+        latent, log_det = self.flow(ms.dequantise(high, torch.rand_like(high[:1])), features)
         zero = latent.new_zeros(())
         return ms.bits_per_dim(ms.gaussian_log_prob(latent, zero, zero) + log_det, high[0].numel()), latent
 
@@ -443,13 +439,9 @@ class UPTFlow(nn.Module):
             terms["nll"] = config.nll_weight * self.bits(high, features)[0].mean()
         if config.l1_weight or config.ssim_weight or config.colour_weight:
             y, _ = self.flow.inverse(self.latent(high), features)
-            enhanced = ms.requantise(y)
+            terms |= ms.picture_losses(ms.requantise(y), high, config)
             if config.l1_weight:  # before the clamp, which would give no gradient where the picture is black or white
                 terms["l1"] = config.l1_weight * F.l1_loss(y, ms.dequantise(high, torch.full_like(high, 0.5)))
-            if config.ssim_weight:
-                terms["ssim"] = config.ssim_weight * (1 - ms.ssim(enhanced, high).mean())
-            if config.colour_weight:
-                terms["colour"] = config.colour_weight * ms.colour_loss(enhanced, high, config)
         return terms
 
     def latent(self, image: Tensor, temperature: float = 0.0) -> Tensor:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,30 +66,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 4": {"batch_size": 4},
     "batch 8": {"batch_size": 8},
 }
-COLUMNS = ("psnr", "ssim", "psnr_gt_mean", "ciede2000", "colourfulness_ratio", "wasserstein", "bits_per_dim")
+NATIVE = ("psnr", "ssim", "psnr_gt_mean", "ciede2000", "colourfulness_ratio", "wasserstein", "bits_per_dim")
+RESIZED = ("psnr", "ssim", "ciede2000")  # the same at image_size, whole pictures
+
+
+@torch.no_grad()
+def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
+    """Means over the validation pairs of the averaged weights' metrics, at native size and at image_size."""
+    model = trainer.averaged.eval()
+    native: list[dict[str, Any]] = []
+    resized: list[dict[str, Any]] = []
+    for index in trainer.validation:
+        low, high = (ms.to_tensor(pixels)[None] for pixels in trainer.held_out[index])
+        small = [ms.resize(image, trainer.config.image_size, quantise=True) for image in (low, high)]
+        for rows, (dark, target) in ((native, (low, high)), (resized, small)):
+            with trainer.runtime.autocast():
+                enhanced = model.enhance(dark).float()
+                likelihood = model.likelihood(target, dark) if trainer.config.nll_weight else None
+            pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, target)]
+            rows.append(ms.image_metrics(*pictures) | {"bits_per_dim": float(likelihood[0]) if likelihood else math.nan})
+    means = {name: float(np.mean([row[name] for row in native])) for name in NATIVE}
+    side = "x".join(map(str, trainer.config.image_size))
+    return means | {f"{name}_{side}": float(np.mean([row[name] for row in resized])) for name in RESIZED}
 
 
 def train_and_score(name: str, minutes: float, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The scores of a variant's best weights on its validation pairs at native size."""
+    """The scores of a variant's averaged weights on its validation pairs."""
     settings = ms.read_config_file(str(ROOT / "release_train_config.json"))
     variant = dict(VARIANTS[name])
     model_class = variant.pop("model", ms.ConditionalFlow)
     folder = ROOT / "runs" / "ablation" / f"{name.replace(' ', '_')}_{seed}"
-    budget = dict(max_minutes=minutes, num_epochs=100_000, val_freq=100_000, save_freq=100_000, warmup_steps=100)
+    budget: dict[str, Any] = dict(
+        max_minutes=minutes, num_epochs=100_000, val_freq=100_000, save_freq=100_000, warmup_steps=100
+    )
     budget |= dict(ema_decay=0.99, checkpoint_dir=str(folder), log_dir=str(folder / "logs"), seed=seed)
     config = ms.apply_settings(ms.Config(), settings | budget | overrides | variant, "ablation")
     trainer = ms.Trainer(config, model_class)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit()
-    model, rows = trainer.ema.module.eval(), []
-    with torch.no_grad(), trainer.runtime.autocast():
-        for index in trainer.validation:
-            low, high = (ms.to_tensor(pixels)[None] for pixels in trainer.held_out[index])
-            pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (model.enhance(low).float(), high)]
-            bits = float(model.likelihood(high, low)[0]) if config.nll_weight else float("nan")
-            rows.append(ms.image_metrics(*pictures) | {"bits_per_dim": bits})
-    means = {column: round(float(np.mean([row[column] for row in rows])), 4) for column in COLUMNS}
-    shown = {key: value.__name__ if isinstance(value, type) else value for key, value in VARIANTS[name].items()}
+    means = {name: round(value, 4) for name, value in validation_scores(trainer).items()}
+    shown: dict[str, Any] = {key: value.__name__ if isinstance(value, type) else value for key, value in VARIANTS[name].items()}
     return {
         "variant": name,
         "seed": seed,

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import skimage.exposure  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import model_script as ms  # noqa: E402
 from baselines import SYSTEMS, classes  # noqa: E402
@@ -36,11 +36,11 @@ from baselines import SYSTEMS, classes  # noqa: E402
 METRICS = ("psnr", "ssim", "ciede2000", "psnr_gt_mean", "ssim_grey_gt_mean", "lpips", "bits_per_dim")
 
 
-class Floor(nn.Module):
+class Floor(ms.System):
     """A classical method on (1, 3, H, W) pictures in [0, 1], behind the models' interface."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
+    def __init__(self, name: str, config: ms.Config) -> None:
+        super().__init__(config)
         self.name = name
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
@@ -80,7 +80,7 @@ def enhance_cost(system: str, weights: Path) -> tuple[float, float]:
 
 
 def score(
-    model: nn.Module, config: ms.Config, runtime: ms.Runtime, store: ms.PairStore, twins: list[bool | None]
+    model: ms.System, config: ms.Config, runtime: ms.Runtime, store: ms.PairStore, twins: list[bool | None]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(mean metrics, low, enhanced and high pictures by name)."""
     rows, low, enhanced, high = [], {}, {}, {}
@@ -131,7 +131,7 @@ def main() -> None:
         rows[-1] |= {"train_images_per_s": round(speed, 2), "seconds_600x400": seconds, "MiB_600x400": round(memory)}
         print(rows[-1], flush=True)
     for name in ("gamma 0.4", "histogram equalisation"):
-        means, low, shown[name], high = score(Floor(name), base, ms.choose_runtime(base), store, twins)
+        means, low, shown[name], high = score(Floor(name, base), base, ms.choose_runtime(base), store, twins)
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]

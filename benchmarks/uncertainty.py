@@ -25,6 +25,7 @@ def main() -> None:
     within, deviations, errors = [], [], []
     for _, low, high in bench.pairs():
         found = ms.enhance_pixels(bench.model, low, config, bench.runtime)
+        assert found.deviation is not None
         error = np.abs(found.best / 65535 - high / 255).mean(-1)
         blurred = [scipy.ndimage.gaussian_filter(image.astype(np.float64), 8) for image in (found.deviation, error)]
         within.append(scipy.stats.spearmanr(*(image[::4, ::4].ravel() for image in blurred))[0])

@@ -15,7 +15,7 @@ import torch
 from cli_tools import assert_one_line_error, dark_picture, files_under, run_script, save_picture, target_picture
 from conftest import randomise
 from PIL import Image, ImageCms
-from torch import Tensor, nn
+from torch import Tensor
 
 import model_script as ms
 
@@ -149,17 +149,17 @@ def test_noise_is_one_endless_field_of_normal_values() -> None:
     assert not torch.equal(field, ms.latent_noise((1, 3), 0, 0, 150, 140))
 
 
-class Plain(nn.Module):
+class Plain(ms.System):
     """Another system's model: it knows no tiles, and draws alternatives in its own way."""
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         return (3 * low + 0.1 * temperature * torch.randn_like(low)).clamp(0, 1)
 
 
-def test_a_model_without_reach_sees_the_picture_whole() -> None:
+def test_another_system_sees_the_picture_whole() -> None:
     pixels = dark_picture(target_picture(1, 100, 90))
     config = ms.Config(tile_size=64, samples=2, uncertainty=True)
-    found = ms.enhance_pixels(Plain(), pixels, config, CPU)
+    found = ms.enhance_pixels(Plain(config), pixels, config, CPU)
     np.testing.assert_allclose(found.best / 65535, np.clip(3 * (pixels / 255), 0, 1), atol=1e-4)
     assert len(found.samples) == 2 and (found.samples[0] != found.samples[1]).any()
     assert 0.02 < found.deviation.mean() < 0.15

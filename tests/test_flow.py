@@ -257,7 +257,7 @@ def test_likelihood_is_the_change_of_variables_by_hand() -> None:
     with torch.no_grad():
         bits, standardised = model.likelihood(high, low)
         torch.manual_seed(5)
-        y = (high * 255 + torch.rand_like(high)) / 256
+        y = (high * 255 + torch.rand_like(high[:1])) / 256  # one draw for the batch
         condition = model._condition_whole(low)
         latent = model.flow(y, condition.features)[0]
     sigma = float(model.log_sigma.detach().exp())

@@ -84,11 +84,11 @@ def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatc
     assert ms.evaluation_size(config) == (128, 128)
     store = ms.PairStore(ms.find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config)
 
-    class Untouched(torch.nn.Module):
+    class Untouched(ms.System):
         def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
             return low
 
-    scored = list(ms.score_pairs(Untouched(), store, config, ms.choose_runtime(config), [None] * len(store)))
+    scored = list(ms.score_pairs(Untouched(config), store, config, ms.choose_runtime(config), [None] * len(store)))
     assert len(scored) == len(store)
     assert all(tuple(one.enhanced.shape) == (3, 128, 128) for one in scored)
     assert float(np.mean([one.row["psnr"] for one in scored])) == pytest.approx(8.7, abs=1.5)

@@ -204,10 +204,10 @@ def test_rates_fall_in_steps_and_start_anew_with_each_stage() -> None:
     settings: dict[str, Any] = dict(decom_lr=0.008, relight_lr=0.002, decay_every=0.25, decay_factor=0.5)
     at = (0.0, 0.12, 0.13, 0.49, 0.5, 0.62, 0.63, 0.99, 1.0)
     model = tiny_model(**settings)
-    rates = [model.learning_rate_at(progress, 0, model.config) for progress in at]
+    rates = [model.learning_rate_at(progress, 0) for progress in at]
     assert rates == [0.008, 0.008, 0.004, 0.001, 0.008, 0.008, 0.004, 0.001, 0.0005]
     joint = tiny_model(**settings, training="join")
-    assert [joint.learning_rate_at(p, 0, joint.config) for p in at] == [0.008] * 3 + [0.004, 0.002, 0.002, 0.002, 0.001, 0.0005]
+    assert [joint.learning_rate_at(p, 0) for p in at] == [0.008] * 3 + [0.004, 0.002, 0.002, 0.002, 0.001, 0.0005]
     groups = model.make_optimizer().param_groups
     assert [0.008 * group.get("lr_scale", 1.0) for group in groups] == [0.008, 0.002]
     sizes = [[p.shape for p in net.parameters()] for net in (model.decom, model.relight)]

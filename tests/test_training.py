@@ -534,12 +534,11 @@ class GammaConfig(ms.Config):
     start: float = ms.knob(1.0, "the exponent to start from", low=0.1, high=10.0)
 
 
-class Gamma(torch.nn.Module):
+class Gamma(ms.System):
     """A model of two numbers, trained in two stages by two groups of one optimizer, with a picture of its own."""
 
     def __init__(self, config: GammaConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.exponent = torch.nn.Parameter(torch.tensor(config.start))
         self.gain = torch.nn.Parameter(torch.tensor(1.0))
         self.seen: list[float] = []
@@ -547,7 +546,7 @@ class Gamma(torch.nn.Module):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return ms.adamw([{"params": [self.exponent]}, {"params": [self.gain], "lr_scale": 0.5}], self.config)
 
-    def learning_rate_at(self, progress: float, step: int, config: GammaConfig) -> float:
+    def learning_rate_at(self, progress: float, step: int) -> float:
         return 0.01 if progress < 0.5 else 0.001
 
     def begin_step(self, progress: float) -> None:
