@@ -3,7 +3,7 @@
     python benchmarks/ablation.py [VARIANT ...] [--minutes 5] [--seed 0] [--set KEY=VALUE ...]
 
 Every run is `model_script.py --mode train --config release_train_config.json` with its schedule cut to --minutes and the
-settings of its variant; the three variants that need another model get it here. Without names all variants run; each
+settings of its variant; the two variants that need another model get it here. Without names all variants run; each
 adds a line to results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir and
 train_high_dir of the recipe. Evaluation pictures play no part.
 """
@@ -53,18 +53,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without flow (direct regression)": {"model": WithoutFlow, "nll_weight": 0.0},
     "L1 only": {"nll_weight": 0.0, "ssim_weight": 0.0, "colour_weight": 0.0},
     "without NLL": {"nll_weight": 0.0},
+    "NLL weight 0.5": {"nll_weight": 0.5},
     "without colour loss": {"colour_weight": 0.0},
     "colour loss, published wide kernel": {"histogram_kernel": "inverse_quadratic", "histogram_sigma": 0.05},
+    "SSIM weight 1": {"ssim_weight": 1.0},
     "without SSIM": {"ssim_weight": 0.0},
     "augmentation off": {"flips": False, "window_min": 1.0, "exposure_gain": 0.0, "channel_gain": 0.0},
     "EMA off": {"ema_decay": 0.0},
     "1 coupling a scale": {"num_flow_blocks": 1},
     "4 couplings a scale": {"num_flow_blocks": 4},
-    "crops of 96": {"crop_size": 96},
-    "crops of 192": {"crop_size": 192},
+    "crops of 128, batch 8": {"crop_size": 128, "batch_size": 8},
+    "crops of 128, batch 2": {"crop_size": 128, "batch_size": 2},
     "batch 1": {"batch_size": 1},
     "batch 4": {"batch_size": 4},
-    "batch 8": {"batch_size": 8},
 }
 NATIVE = ("psnr", "ssim", "psnr_gt_mean", "ciede2000", "colourfulness_ratio", "wasserstein", "bits_per_dim")
 RESIZED = ("psnr", "ssim", "ciede2000")  # the same at image_size, whole pictures
@@ -90,12 +91,17 @@ def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
     return means | {f"{name}_{side}": float(np.mean([row[name] for row in resized])) for name in RESIZED}
 
 
+def results_of(overrides: dict[str, Any]) -> Path:
+    """Where the table and the runs' weights go."""
+    return Path(overrides.get("results_dir", ROOT / "results"))
+
+
 def train_and_score(name: str, minutes: float, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """The scores of a variant's averaged weights on its validation pairs."""
     settings = ms.read_config_file(str(ROOT / "release_train_config.json"))
     variant = dict(VARIANTS[name])
     model_class = variant.pop("model", ms.ConditionalFlow)
-    folder = ROOT / "runs" / "ablation" / f"{name.replace(' ', '_')}_{seed}"
+    folder = results_of(overrides) / "ablation" / f"{name.replace(' ', '_')}_{seed}"
     budget: dict[str, Any] = dict(
         max_minutes=minutes, num_epochs=100_000, val_freq=100_000, save_freq=100_000, warmup_steps=100
     )
@@ -127,7 +133,7 @@ def main() -> None:
     if unknown := set(arguments.variants) - VARIANTS.keys():
         parser.error(f"unknown variant {unknown.pop()!r}; there are {', '.join(VARIANTS)}")
     overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    table = ROOT / "results" / "ablation.csv"
+    table = results_of(overrides) / "ablation.csv"
     for name in arguments.variants or VARIANTS:
         row = train_and_score(name, arguments.minutes, arguments.seed, overrides)
         rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []

@@ -45,7 +45,10 @@ class Floor(ms.System):
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         image = low[0].permute(1, 2, 0).double().numpy()
-        image = skimage.exposure.adjust_gamma(image, 0.4) if self.name == "gamma 0.4" else skimage.exposure.equalize_hist(image)
+        if self.name == "gamma 0.4":
+            image = skimage.exposure.adjust_gamma(image, 0.4)
+        else:  # each channel by itself: that takes the infrared tint away, too
+            image = np.stack([skimage.exposure.equalize_hist(channel) for channel in image.transpose(2, 0, 1)], axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1)[None].float()
 
 

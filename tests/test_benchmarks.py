@@ -1,0 +1,77 @@
+"""Every benchmark starts and explains itself; the ones that train run to their end in small."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from cli_tools import make_data
+from conftest import ROOT
+
+FOLDER = ROOT / "benchmarks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def run(name: str, *arguments: str | Path) -> None:
+    """The script's main with these arguments."""
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module.main()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_the_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--help")
+    assert ended.value.code == 0
+    assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+def folders(data: Path) -> list[str]:
+    """--set arguments that name tiny training and evaluation pairs, and write below `data`."""
+    pairs = [
+        f"{part}_{kind}_dir={data / 'data' / part / kind}" for part in ("train", "val", "eval") for kind in ("low", "high")
+    ]
+    places = [f"results_dir={data / 'results'}", f"log_dir={data / 'logs'}", "cache_megabytes=64"]
+    return [text for pair in pairs + places for text in ("--set", pair)]
+
+
+@pytest.mark.slow
+def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_data(tmp_path, train=6, evaluation=2)
+    run("compare", "--minutes", "0.001", *folders(tmp_path), "--set", "eval_size=64,64", "--set", "image_size=64,64")
+    (results,) = (tmp_path / "results").glob("comparison_*")
+    with open(results / "comparison.csv", newline="") as stream:
+        rows = {row["system"]: row for row in csv.DictReader(stream)}
+    systems = {"ConditionalFlow", "RetinexNet", "UPTFlow", "AnlightenDiff"}
+    assert rows.keys() == systems | {"gamma 0.4", "histogram equalisation"}
+    for name, row in rows.items():
+        assert 0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1
+        costs = ("parameters_M", "train_images_per_s", "seconds_600x400", "MiB_600x400")
+        assert all(float(row[key]) > 0 for key in costs) if name in systems else not any(row[key] for key in costs)
+    assert len(list((results / "strips").iterdir())) == 2
+    table = (results / "comparison.md").read_text()
+    assert table.count("\n| ") == 6 and table in capsys.readouterr().out
+
+
+def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
+    make_data(tmp_path, train=6)
+    small = ["flow_channels=8", "thumbnail_size=32", "crop_size=32", "image_size=32,32", "batch_size=1"]
+    chosen = [text for pair in small for text in ("--set", pair)]
+    for variant in ("recipe", "without global branch", "without flow (direct regression)"):
+        run("ablation", variant, "--minutes", "0.001", *folders(tmp_path), *chosen)
+    with open(tmp_path / "results" / "ablation.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["variant"] for row in rows] == ["recipe", "without global branch", "without flow (direct regression)"]
+    assert all(0 < float(row["psnr"]) < 60 and float(row["steps"]) >= 1 for row in rows)
+    assert rows[2]["bits_per_dim"] == "nan" and float(rows[0]["bits_per_dim"]) > 0
