@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gc
 import glob
 import hashlib
 import io
@@ -1497,6 +1498,7 @@ def process_group(mode: str, device: str) -> Iterator[None]:
             yield
             from_all(True)  # leave together: who leaves a group that is still at work may crash
     finally:
+        gc.collect()  # DistributedDataParallel lies in a cycle and must go before its group: else the process may abort
         dist.destroy_process_group()
 
 
