@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -36,14 +37,16 @@ import json
 import logging
 import math
 import os
+import pickletools
 import random
 import struct
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +59,7 @@ from typing import Any, NamedTuple, cast
 RELEASE = Path(__file__).resolve().parent / "checkpoints" / "best_model.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
+LONGEST_CONFIG = 1_000_000  # characters
 FOLDER_KEYS = ("train_low_dir", "train_high_dir", "val_low_dir", "val_high_dir", "eval_low_dir", "eval_high_dir")
 
 
@@ -194,9 +198,24 @@ def allowed(key: dataclasses.Field) -> str:
     return words[str(key.type)] + (f" in [{low:g}, {high:g}]" if low is not None else "")
 
 
+def shown(value: Any) -> str:
+    """A value as JSON in at most 80 characters; what is nested or of a foreign type, and may have no end, by its type."""
+    items = value if isinstance(value, list) else [value]
+    plain = len(items) < 10 and all(item is None or isinstance(item, (str, int, float)) for item in items)
+    text = json.dumps(value) if plain else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a text that could name a file: no null byte, no half of a character."""
+    with suppress(UnicodeEncodeError):
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    return False
+
+
 def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
     """`value` as the type of `key`, or UserError naming the key and what is allowed."""
-    problem = UserError(f"{source}: {key.name} must be {allowed(key)}, got {json.dumps(value, default=str)}")
+    problem = UserError(f"{source}: {key.name} must be {allowed(key)}, got {shown(value)}")
 
     def number(item: Any) -> Any:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
@@ -212,7 +231,7 @@ def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
             raise problem
         return value
     if key.type == "str":
-        if not isinstance(value, str) or (key.metadata["choices"] and value not in key.metadata["choices"]):
+        if not is_text(value) or (key.metadata["choices"] and value not in key.metadata["choices"]):
             raise problem
         return value
     if key.type.startswith("list"):
@@ -235,8 +254,8 @@ def typed_settings(config: Config, settings: dict[str, Any], source: str) -> dic
     changes = {}
     for name, value in settings.items():
         if name not in keys:
-            nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
-            raise UserError(f"{source}: unknown key {name}; the nearest is {nearest} ({allowed(keys[nearest])})")
+            nearest = difflib.get_close_matches(name[:80], keys, n=1, cutoff=0.0)[0]
+            raise UserError(f"{source}: unknown key {name[:80]}; the nearest is {nearest} ({allowed(keys[nearest])})")
         changes[name] = coerce(keys[name], value, source)
     return changes
 
@@ -281,14 +300,19 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The settings of a JSON config file, unchecked. Raises UserError for an unreadable file or one that is no object."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"{path}: key {name} is given twice; keep one")
+        names = set()
+        for name, _ in pairs:
+            if name in names:
+                raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
+            names.add(name)
         return dict(pairs)
 
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+        with open(path, encoding="utf-8") as stream:
+            text = stream.read(LONGEST_CONFIG + 1)
+        if len(text) > LONGEST_CONFIG:
+            raise UserError(f"{path}: longer than a config can be; name a JSON file with the keys of --help")
+        settings = json.loads(text, object_pairs_hook=refuse_duplicates)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); name an existing JSON file") from None
     except UnicodeDecodeError:
@@ -406,7 +430,7 @@ import skimage  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, TiffImagePlugin, UnidentifiedImageError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -416,6 +440,7 @@ from tqdm import tqdm  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+ANY_NAME = "surrogateescape"  # a file's name need not be text: its bytes are written and read back as they are
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".webm", ".avi")
 
 
@@ -423,7 +448,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".webm", ".avi")
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when it does not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")  # a long name may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -450,9 +475,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line a row under the first row's keys."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+    """One line a row under the keys of all."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=ANY_NAME) as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -489,29 +514,79 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 Source = str | Path | io.BytesIO  # a file, or one in memory, which has no name
 
 
+# what is read, by content and not by name; every further decoder is one more that a hostile file may try
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+LARGE, DENSEST = 2**23, 600  # pixels above which a file must hold a byte for every so many decoded ones
+MOST_SCANS = 200
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # one line is said of a broken file, and that is ours
+with suppress(OSError, AttributeError):  # libtiff writes its complaints to standard error past Python
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def bytes_of(source: Source) -> AbstractContextManager[Any]:
+    """The file, open; by its name alone Pillow would map some TIFFs into memory, and scramble those that lie on their side."""
+    return nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb")
+
+
 @contextmanager
 def opened(source: Source) -> Iterator[Image.Image]:
     """The picture, open for decoding inside the block.
 
-    Raises UserError naming the file when it is missing, empty, truncated, a decompression bomb or no picture.
+    Raises UserError naming the file when it is missing, empty, truncated, no picture of FORMATS, or a decompression bomb.
     """
     path = "the picture" if isinstance(source, io.BytesIO) else source
     try:
-        if (len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)) == 0:
+        size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)
+        if size == 0:
             raise UserError(f"{path}: the file is empty; replace it or remove it")
-        with Image.open(source) as picture:
-            if picture.mode == "F":
-                raise UserError(f"{path}: floating-point pictures have no agreed white; convert it to 8 or 16 bits")
-            yield picture
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd in the file: the picture or one line is the answer
+            with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as picture:
+                refuse_bomb(picture, source, size, path)
+                bits = np.atleast_1d(picture.tag_v2.get(258, 8)) if picture.format == "TIFF" else [8]
+                if picture.mode == "F" or 32 in bits:
+                    raise UserError(f"{path}: 32-bit and floating-point pictures have no agreed white; convert it to 16 bits")
+                if 16 in bits and picture.tag_v2.get(284) == 2:
+                    raise UserError(f"{path}: its 16-bit channels lie apart (planar); save it with them interleaved")
+                yield picture
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}") from None
-    except OSError as error:  # covers FileNotFoundError, UnidentifiedImageError and truncated data
-        reason = error.strerror or ("truncated" if "truncated" in str(error) else "not a readable picture")
+    except UnidentifiedImageError:
+        kinds = "PNG, JPEG, BMP, TIFF or WebP"
+        raise UserError(f"{path}: not a readable picture ({kinds}); convert it, replace it or remove it") from None
+    except OSError as error:  # covers FileNotFoundError and truncated data
+        reason = error.strerror or ("truncated" if "truncated" in str(error) else "damaged")
         raise UserError(f"{path}: cannot read the picture ({reason}); replace it or remove it") from None
-    except (SyntaxError, ValueError, EOFError, IndexError, OverflowError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # decoders raise every kind for hostile files; each is the same to the user
         raise UserError(f"{path}: broken picture ({type(error).__name__}); replace it or remove it") from None
+
+
+def refuse_bomb(picture: Image.Image, source: Source, size: int, path: str | Path) -> None:
+    """Raises UserError where `size` bytes claim more pixels, or more passes over them, than a photograph's ever do."""
+    area = picture.width * picture.height
+    if picture.format == "TIFF":  # a tile may be larger than its picture
+        area = max(area, picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0))
+    deep = any(";16" in rawmode for _, rawmode in raw_tiles(picture))
+    if area > LARGE and area * len(picture.getbands()) * (1 + deep) > DENSEST * size:
+        raise UserError(f"{path}: declares {area / 1e6:.0f} megapixels in {size} bytes; no photograph does, so replace it")
+    if picture.info.get("progressive"):
+        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        if data.count(b"\xff\xda") > MOST_SCANS:
+            raise UserError(f"{path}: goes over its pixels more than {MOST_SCANS} times; save it anew or remove it")
+
+
+def raw_tiles(picture: Image.Image) -> list[tuple[Any, str]]:
+    """Each part of a picture that is still to be decoded, with the layout of its bytes, such as RGB;16B."""
+    return [(tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0])) for tile in picture.tile]
+
+
+def grey_levels(picture: Image.Image) -> np.ndarray:
+    """(H, W) uint16 of a grey picture of 16 bits; Pillow's own conversion would clip it to white."""
+    levels = np.clip(np.asarray(picture).astype(np.int32), 0, 65535).astype(np.uint16)
+    negative = picture.format == "TIFF" and picture.tag_v2.get(262) == 0
+    return 65535 - levels if negative else levels
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -522,11 +597,10 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     with opened(path) as picture:
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
-            grey = np.asarray(picture).astype(np.float64) / 257
-            picture = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
-        return np.array(picture.convert("RGB"))
+        orientation = exif_of(picture)[0]
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray(np.rint(grey_levels(picture) / 257).astype(np.uint8))
+        return np.ascontiguousarray(turned(np.array(picture.convert("RGB")), orientation))
 
 
 class Picture(NamedTuple):
@@ -557,30 +631,53 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what makes a picture
 }
 
 
+# Pillow keeps the upper byte of 16-bit colour; told that the bytes lie the other way round, it keeps the lower
+OTHER_BYTE = {f"{m};16{a}": f"{m};16{b}" for m in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
+OTHER_BYTE |= {f"{m};16N": f"{m};16{'B' if sys.byteorder == 'little' else 'L'}" for m in ("RGB", "RGBA", "RGBX")}
+OTHER_BYTE |= {"LA;16B": "RGBA"}  # all four bytes
+
+
+def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """The pixels upright, by an EXIF orientation."""
+    return TURNS[orientation](pixels) if isinstance(orientation, int) and orientation in TURNS else pixels
+
+
+def exif_of(picture: Image.Image) -> tuple[Any, bytes]:
+    """(orientation, EXIF less what was true of the old file alone) of a decoded picture.
+
+    A damaged table counts as none, and leaves the pixels as good as they are.
+    """
+    orientation, kept = 1, b""
+    with suppress(Exception):
+        exif = picture.getexif()
+        orientation = exif.get(ORIENTATION, 1)
+        for tag in LAYOUT_TAGS & set(exif):
+            del exif[tag]
+        exif.bigtiff = False  # no other format has EXIF with 64-bit places
+        kept = exif.tobytes() if len(exif) else b""
+    return orientation, kept
+
+
 def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
     """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before `picture` is decoded."""
     if picture.mode.startswith("I"):
-        return np.clip(np.asarray(picture).astype(np.int64), 0, 65535).astype(np.uint16)[..., None]
-    tiles = getattr(picture, "tile", ()) if picture.format == "PNG" else ()
-    if any("16" in str(tile[3]) for tile in tiles):  # Pillow would keep 8 of the 16 bits
-        try:
-            from torchvision.io import decode_image  # two seconds to import
-        except ImportError:  # deprecated since torchvision 0.29; without it Pillow's 8 bits have to do
-            return None
-        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of that deprecation
-            return decode_image(encoded).permute(1, 2, 0).numpy()
-    if isinstance(picture, TiffImagePlugin.TiffImageFile) and 16 in np.atleast_1d(picture.tag_v2.get(258, 8)):
-        import tifffile  # comes with scikit-image
-
-        try:
-            pixels = tifffile.imread(source)
-        except ValueError as error:  # a compression that needs a package
-            raise UserError(f"{source}: {error}") from None
-        return np.moveaxis(pixels, 0, -1) if pixels.shape[0] in (3, 4) and pixels.shape[-1] not in (3, 4) else pixels
-    return None
+        return grey_levels(picture)[..., None]
+    tiles = raw_tiles(picture)
+    if not tiles or any(rawmode not in OTHER_BYTE for _, rawmode in tiles):
+        return None
+    pixels = np.asarray(picture).astype(np.uint16)
+    with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as again:
+        others = [OTHER_BYTE[rawmode] for _, rawmode in tiles]
+        again.tile = [
+            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
+            for (tile, _), other in zip(tiles, others, strict=True)
+        ]
+        lower = np.asarray(again)
+    if others[0] == "RGBA":
+        return lower[..., ::2].astype(np.uint16) << 8 | lower[..., 1::2]
+    pixels <<= 8
+    pixels |= lower
+    return pixels
 
 
 def read_picture(source: Source) -> Picture:
@@ -591,28 +688,26 @@ def read_picture(source: Source) -> Picture:
     """
     path = "the picture" if isinstance(source, io.BytesIO) else source
     with opened(source) as picture:
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1 and picture.format != "MPO":  # a phone's JPEG with a preview is no animation
-            raise UserError(f"{path}: holds {frames} frames; save them as single pictures")
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a phone's JPEG with a preview is none
+            raise UserError(f"{path}: holds several frames; save them as single pictures")
         if min(picture.size) < 16:
             raise UserError(f"{path}: {picture.width}x{picture.height} is too small; the least side is 16")
-        pixels, exif = read_deep(source, picture), picture.getexif()
-        turn = TURNS.get(exif.get(ORIENTATION, 1), np.asarray)
-        for tag in LAYOUT_TAGS & set(exif):
-            del exif[tag]
+        pixels = read_deep(source, picture)
         grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
         foreign = picture.mode in ("CMYK", "YCCK", "LAB", "HSV")
         note = "grey: its colours are a guess" if grey else f"converted from {picture.mode}" if foreign else ""
         if pixels is None:
-            alpha = "A" in picture.mode or "transparency" in picture.info
-            pixels = np.array(picture.convert("RGBA" if alpha else "RGB"))
+            picture.load()  # a PNG may say that it is transparent after its pixels
+            mode = "RGBA" if picture.has_transparency_data else "RGB"
+            pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
         elif pixels.shape[-1] < 3:
             pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
-        pixels = turn(pixels)
+        orientation, exif = exif_of(picture)
+        pixels = turned(pixels, orientation)
         return Picture(
             np.ascontiguousarray(pixels[..., :3]),
             np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None,
-            exif.tobytes() if len(exif) else b"",
+            exif,
             b"" if grey or foreign else picture.info.get("icc_profile") or b"",  # a profile of other channels would lie
             note,
         )
@@ -684,7 +779,11 @@ def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
     if not os.path.isdir(folder):
         raise UserError(f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER")
     found: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir()):
+    try:
+        listed = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise UserError(f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions") from None
+    for path in listed:
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
             if path.stem in found:
                 raise UserError(f"{path}: has the same stem as {found[path.stem].name}; keep one of the two")
@@ -811,8 +910,8 @@ def find_twins(thumbnails: np.ndarray, others: np.ndarray, tolerance: float = 2.
     """For each of (N, 16, 16, 3) uint8 thumbnails whether one of `others` is the same picture: mean |difference| in levels."""
     if len(others) == 0:
         return np.zeros(len(thumbnails), bool)
-    difference = np.abs(thumbnails[:, None].astype(np.float32) - others[None].astype(np.float32))
-    return difference.mean((2, 3, 4)).min(1) <= tolerance
+    known = others.astype(np.float32)
+    return np.array([np.abs(known - one).mean((1, 2, 3)).min() <= tolerance for one in thumbnails])
 
 
 def resize(image: Tensor, size: Sequence[int], quantise: bool = False) -> Tensor:
@@ -1552,22 +1651,53 @@ def choose_runtime(config: Config) -> Runtime:
     return Runtime(torch.device(name), dtype)
 
 
+# all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some fill the memory from 50 bytes
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+}
+LONGEST_PICKLE = 2**24
+
+
+def refuse_hostile(path: str) -> None:
+    """Raises UserError, before PyTorch reads a checkpoint, where it is packed, grows when it is read or names a function."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise UserError(f"{path}: not a checkpoint of this script (its content is compressed)")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > LONGEST_PICKLE:
+                    raise UserError(f"{path}: not a checkpoint of this script (its table is too long)")
+                codes = pickletools.genops(archive.read(entry))
+                foreign = {str(name) for code, name, _ in codes if code.name == "GLOBAL"} - PICKLED
+                if foreign:
+                    name = shown(min(foreign))
+                    raise UserError(f"{path}: not a checkpoint of this script (it names {name}, which was not run)")
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises UserError."""
     try:
+        refuse_hostile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign file may warn on its way to being refused
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})") from None
     except Exception as error:  # torch.load raises many kinds for hostile or damaged files; each is the same to the user
         raise UserError(f"{path}: not a checkpoint of this script, or a damaged one ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"format_version", "config", "model"} <= content.keys():
+    if type(content) is not dict or not {"format_version", "config", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this script (format_version, config or model is missing)")
-    if not isinstance(content["config"], dict) or not all(isinstance(key, str) for key in content["config"]):
+    config, version = content["config"], content["format_version"]
+    if type(config) is not dict or not all(isinstance(key, str) for key in config):
         raise UserError(f"{path}: not a checkpoint of this script (its config is no table of settings)")
-    if content["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {content['format_version']}, this script reads version {FORMAT_VERSION}")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {shown(version)}, this script reads version {FORMAT_VERSION}")
+    if not all(isinstance(content.get(key, ""), str) for key in ("system", "run_id")):
+        raise UserError(f"{path}: not a checkpoint of this script (its system and run_id are no texts)")
     return content
 
 
@@ -1576,8 +1706,9 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str, settings: dict[str,
 
     Folders recorded in the checkpoint count only where they exist: weights travel, data sets do not.
     """
-    stored = {k: v for k, v in checkpoint["config"].items() if k not in FOLDER_KEYS or os.path.isdir(v)}
-    config = apply_settings(config_class(), stored, path)
+    stored = typed_settings(config_class(), checkpoint["config"], path)
+    there = {name: value for name, value in stored.items() if name not in FOLDER_KEYS or os.path.isdir(value)}
+    config = apply_settings(config_class(), there, path)
     for key in dataclasses.fields(config):
         mine = getattr(config, key.name)
         if key.metadata["architecture"] and settings.get(key.name, mine) != mine:
@@ -1597,15 +1728,36 @@ def check_system(checkpoint: dict[str, Any], path: str, model_class: type[System
         raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; use the script that trained them")
 
 
+def check_weights(checkpoint: dict[str, Any], path: str, model_class: type[System], config: Config) -> None:
+    """Raises UserError unless the weights are a model's of this config; the model is not built, which may take gigabytes."""
+    check_system(checkpoint, path, model_class)
+
+    def form(value: Any) -> Any:
+        return (value.shape, value.is_floating_point(), value.is_complex()) if isinstance(value, Tensor) else None
+
+    try:
+        with torch.device("meta"):
+            expected = {name: form(value) for name, value in model_class(config).state_dict().items()}
+    except RuntimeError:  # a class that computes with its weights as it is built
+        return
+    found = checkpoint["model"]
+    if not isinstance(found, dict) or {name: form(value) for name, value in dict.items(found)} != expected:
+        raise UserError(f"{path}: the weights do not fit the architecture that its config describes")
+
+
+@torch.no_grad()
 def load_weights(model: System, checkpoint: dict[str, Any], path: str) -> None:
-    """Put a checkpoint's weights into `model`. Raises UserError when they do not fit or are not finite."""
+    """Put a checkpoint's weights into `model`. Raises UserError when they do not fit, are not finite or not invertible."""
     check_system(checkpoint, path, type(model))
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError):
         raise UserError(f"{path}: the weights do not fit the architecture that its config describes") from None
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+    matrices = [layer.weight() for layer in model.modules() if isinstance(layer, InvertibleConv)]
+    if not all(bool(p.isfinite().all()) for p in [*model.parameters(), *matrices]):
         raise UserError(f"{path}: holds weights that are not finite; go back to an earlier checkpoint")
+    if any(bool(torch.linalg.inv_ex(matrix).info) for matrix in matrices):
+        raise UserError(f"{path}: holds weights that cannot be inverted; go back to an earlier checkpoint")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -1891,6 +2043,8 @@ class Trainer:
             raise UserError(
                 f"{resume}: holds weights only; resume from a checkpoint_epoch_N.pth, or start with --set init_from={resume}"
             )
+        if state is not None:
+            check_weights(state, str(resume), model_class, config)
         self.store, self.training, self.held_out, self.validation = training_data(config)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
@@ -1924,10 +2078,17 @@ class Trainer:
             training = state["training"]
             self.model.load_state_dict(training["model"])
             self.ema.n_averaged.copy_(training["averaged"])
-            self.optimizer.load_state_dict(training["optimizer"])
+            own = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # they follow from the config and the step
+            self.optimizer.load_state_dict(training["optimizer"] | own)
             self.scaler.load_state_dict(training["scaler"])
             self.step, self.minutes = int(training["step"]), float(training["minutes"])
             self.best, self.kept, self.run_id = float(training["best"]), list(training["kept"]), str(state["run_id"])
+            known = [(p, v) for p, values in self.optimizer.state.items() for v in values.values() if isinstance(v, Tensor)]
+            fits = all(v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in known)
+            if not fits or self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
+                raise ValueError
+            if not all(Path(name).name == name for name in [self.run_id, *self.kept]):  # they become files and folders
+                raise ValueError
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path}: its training state is damaged ({type(error).__name__}); resume from another") from None
 
@@ -2211,6 +2372,7 @@ def load_model(path: str, settings: dict[str, Any], model_class: type[System], c
     here = {"device": "auto", "results_dir": config_class().results_dir}  # the training's own say nothing about this use
     config = checkpoint_config(checkpoint, path, here | settings, config_class)
     runtime = choose_runtime(config)
+    check_weights(checkpoint, path, model_class, config)
     model = model_class(config)
     load_weights(model, checkpoint, path)
     return runtime.place(model).eval(), config, runtime, checkpoint
@@ -2318,7 +2480,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | None]:
     """For each pair whether its ground truth is among the checkpoint's training pictures; None where that is not known."""
     known = checkpoint.get("training_thumbnails")
-    if known is None:
+    pictures = isinstance(known, Tensor) and known.dtype == torch.uint8 and known.shape[1:] == (16, 16, 3)
+    if not pictures or not known.is_contiguous():
         print("twins: the checkpoint does not say what it was trained on; no pair is flagged")
         return [None] * len(store)
     return [bool(twin) for twin in find_twins(store.thumbnails, known.numpy())]
@@ -2546,7 +2709,10 @@ def enhance_pixels(
                 draw = tile_decoder(model, low, survey, outer, (height, width), config.seed)
             else:
                 draw = whole_decoder(model, low, config.seed)
-            best[here] = to_uint16(draw(0, 0.0 if wanted else temperature)[inside])
+            answer = draw(0, 0.0 if wanted else temperature)[inside]
+            if not bool(answer.isfinite().all()):
+                raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
+            best[here] = to_uint16(answer)
             drawn = [draw(number + 1, temperature)[inside] for number in range(wanted)]
         for sample, picture in zip(samples, drawn, strict=False):
             sample[here] = to_uint16(picture)
@@ -2588,28 +2754,37 @@ HEAT = np.array([[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 
 
 def heat_map(deviation: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th percentile."""
-    place = np.clip(deviation / max(float(np.percentile(deviation, 99.5)), 1e-9), 0, 1) * (len(HEAT) - 1)
-    return np.rint(np.dstack([np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)])).astype(np.uint8)
+    share = 4095 / max(float(np.percentile(deviation, 99.5)), 1e-9)
+    colours = [np.interp(np.linspace(0, len(HEAT) - 1, 4096), np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
+    place = np.clip(deviation * np.float32(share) + 0.5, 0, 4095).astype(np.uint16)  # a large picture's floats are gigabytes
+    return np.rint(np.stack(colours, axis=-1)).astype(np.uint8)[place]
 
 
 def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
     """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg', means.
 
-    Folders are searched to any depth and mirrored under `output`. Raises UserError when there is none.
+    Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and links to folders, which may
+    run in circles, are left out. Raises UserError when there is none.
     """
     target = Path(output)
     if os.path.isdir(given):
         root, found = Path(given), sorted(Path(given).rglob("*"))
     else:
-        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(given).parts))
-        root, found = Path(*fixed), sorted(map(Path, glob.glob(given, recursive=True)))
+        parts = Path(given).parts
+        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        root, rest = Path(*fixed), [*parts[len(fixed) :], *(["*"] if parts[-1] == "**" else [])]
+        try:
+            found = sorted(root.glob(str(Path(*rest))))
+        except ValueError as error:
+            raise UserError(f"--input {given}: no pattern ({error}); write one such as 'photos/**/*.jpg'") from None
     if (target.exists() and not target.is_dir()) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
         raise UserError(f"--output {target}: {given} means many pictures, so name a folder")
     inside = target.resolve()
     if inside == root.resolve():
         raise UserError(f"--output {target}: is the input folder itself; choose another")
     known = SUFFIXES + VIDEO_SUFFIXES
-    files = [path for path in found if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents]
+    seen = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    files = [path for path in seen if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents]
     if not files:
         raise UserError(f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}")
     return [(path, target / path.relative_to(root)) for path in files]
@@ -2628,7 +2803,15 @@ def enhance_file(
     deep = picture.pixels.dtype == np.uint16 and target.suffix.lower() in (".png", ".tif", ".tiff")
     stops = config.exposure + (stops_to_mean(enhanced.best, brightness) if brightness is not None else 0.0)
     table = level_table(stops, deep)
-    encode = functools.partial(encode_picture, suffix=target.suffix.lower(), like=picture, quality=config.quality)
+
+    def encode(pixels: np.ndarray) -> bytes:
+        for like in (picture, picture._replace(exif=b"")):  # EXIF that the format cannot take must not cost the picture
+            try:
+                return encode_picture(pixels, target.suffix.lower(), like, config.quality)
+            except (OSError, ValueError, TypeError, RuntimeError, struct.error) as error:
+                problem = str(error) or type(error).__name__
+        raise UserError(f"{target}: the format cannot hold this picture ({problem}); choose another suffix")
+
     for number, sample in enumerate(enhanced.samples, 1):
         write_bytes(target.with_stem(f"{target.stem}_sample{number}"), encode(table[sample]))
     row = {"file": str(source), "output": str(target), "width": picture.pixels.shape[1], "height": picture.pixels.shape[0]}
@@ -2729,8 +2912,12 @@ def enhance_folder(
     table = folder / "enhance.csv"
     rows: dict[str, dict[str, Any]] = {}
     if table.exists():
-        with open(table, newline="", encoding="utf-8") as stream:
-            rows = {row["file"]: row for row in csv.DictReader(stream) if row.get("file")}
+        try:
+            with open(table, newline="", encoding="utf-8", errors=ANY_NAME) as stream:
+                read = [{key: cell for key, cell in row.items() if key} for row in csv.DictReader(stream)]
+        except (OSError, csv.Error) as error:
+            raise UserError(f"{table}: cannot read the table ({error}); rename or remove it") from None
+        rows = {row["file"]: row for row in read if row.get("file")}
     # asked once, before anybody writes: the shares of several processes must come from one list
     todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
     print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
@@ -3014,6 +3201,9 @@ def main(
     Another model is a subclass of System, and brings a subclass of Config with its own keys; the file of that needs
     `from __future__ import annotations`, as its fields' types are read as text.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         arguments = parse_command_line(argv, config_class)
         sources = [text for text in (arguments.config, arguments.resume, arguments.checkpoint, arguments.input) if text]
