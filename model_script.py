@@ -27,7 +27,6 @@ import csv
 import ctypes
 import dataclasses
 import difflib
-import functools
 import gc
 import glob
 import hashlib
@@ -366,6 +365,13 @@ def describe_keys(config_class: type[Config]) -> str:
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors: one line, exit status 2."""
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        found = super().parse_args(*arguments, **options)
+        for name, value in vars(found).items():  # argparse makes an empty list of the value -- in --set=--
+            if value == [] != self.get_default(name) or (isinstance(value, list) and [] in value):
+                self.error(f"--{name.replace('_', '-')} has no value")
+        return found
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
@@ -2710,10 +2716,10 @@ def enhance_pixels(
             else:
                 draw = whole_decoder(model, low, config.seed)
             answer = draw(0, 0.0 if wanted else temperature)[inside]
-            if not bool(answer.isfinite().all()):
-                raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
-            best[here] = to_uint16(answer)
             drawn = [draw(number + 1, temperature)[inside] for number in range(wanted)]
+        if not all(bool(picture.isfinite().all()) for picture in (answer, *drawn)):
+            raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
+        best[here] = to_uint16(answer)
         for sample, picture in zip(samples, drawn, strict=False):
             sample[here] = to_uint16(picture)
         if config.uncertainty:

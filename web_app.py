@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import queue
 import secrets
 import sys
@@ -73,6 +74,7 @@ class Studio:
         self.settings, self.megapixels = settings, megapixels
         self.jobs: dict[str, Job] = {}
         self.lock, self.todo = threading.Lock(), queue.Queue[str]()
+        self.drawing = threading.Lock()  # a large picture's view takes several times its memory: one at a time
         self.load = functools.lru_cache(maxsize=2)(self._load)
         self.worker = threading.Thread(target=self._work, daemon=True)
         self.worker.start()
@@ -112,11 +114,8 @@ class Studio:
     def place(self, name: str) -> int:
         """How many jobs are before this one."""
         with self.lock:
-            return sum(
-                job.state in ("waiting", "working")
-                for other, job in list(self.jobs.items())[: list(self.jobs).index(name)]
-                if other != name
-            )
+            before = itertools.takewhile(lambda other: other != name, self.jobs)
+            return sum(self.jobs[other].state in ("waiting", "working") for other in before)
 
     def forget(self) -> None:
         """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and those that wait."""
@@ -267,7 +266,10 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
     @app.get("/jobs/<name>/<what>")
     def picture(name: str, what: str) -> flask.Response:
         given, found = finished(name)
-        whole = flask.request.args.get("full") == "1"
+        with studio.drawing:
+            return drawn(given, found, what, flask.request.args.get("full") == "1")
+
+    def drawn(given: ms.Picture, found: ms.Enhanced, what: str, whole: bool) -> flask.Response:
         if what == "uncertainty" and found.deviation is not None:
             return picture_response(encode_view(ms.heat_map(found.deviation), whole), "png" if whole else "jpeg")
         if what == "low":
@@ -355,6 +357,7 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
         # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary files
         room = int(arguments.max_megabytes * 2**20) + 2**20
         limits = dict(max_request_body_size=room, inbuf_overflow=room, outbuf_overflow=2**30, channel_timeout=60)
+        limits |= dict(connection_limit=40)  # so many uploads may be on their way, and in memory, together
         try:
             serve(app, host=arguments.host, port=arguments.port, threads=8, ident=None, **limits)
         finally:

@@ -107,6 +107,13 @@ def test_any_set_is_typed_or_refused(text: str) -> None:
     assert text.startswith(f"{name}=") and is_right(FIELDS[name], value)
 
 
+@pytest.mark.parametrize("option", ["mode", "config", "set", "checkpoint", "resume", "input", "output"])
+def test_two_dashes_are_no_value(option: str) -> None:
+    """argparse drops them and hands on an empty list."""
+    with pytest.raises(ms.UserError, match=f"--{option}"):
+        ms.parse_command_line(["--mode", "train", f"--{option}=--"])
+
+
 @pytest.mark.parametrize("key", ["batch_size", "image_size", "device", "flips", "nonsense"])
 def test_values_nested_to_any_depth_are_refused(tmp_path: Path, key: str) -> None:
     """Reading one may just work where showing it in the message would go one level too deep."""
