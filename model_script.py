@@ -2089,12 +2089,15 @@ class Trainer:
             self.scaler.load_state_dict(training["scaler"])
             self.step, self.minutes = int(training["step"]), float(training["minutes"])
             self.best, self.kept, self.run_id = float(training["best"]), list(training["kept"]), str(state["run_id"])
-            known = [(p, v) for p, values in self.optimizer.state.items() for v in values.values() if isinstance(v, Tensor)]
-            fits = all(v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in known)
-            if not fits or self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
+            moments = [(p, v) for p, values in self.optimizer.state.items() for v in values.values() if isinstance(v, Tensor)]
+            fits = all(v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in moments)
+            if not fits and not hasattr(self.model, "make_optimizer"):  # another's may keep what it likes
                 raise ValueError
-            if not all(Path(name).name == name for name in [self.run_id, *self.kept]):  # they become files and folders
+            if self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
                 raise ValueError
+            for name in [self.run_id, *self.kept]:  # they become files and folders
+                if not is_text(name) or Path(name).name != name or name.startswith(".") or not name:
+                    raise ValueError
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path}: its training state is damaged ({type(error).__name__}); resume from another") from None
 

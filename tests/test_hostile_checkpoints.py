@@ -309,6 +309,9 @@ def spoil_moments(training: Content) -> None:
 SPOILED: dict[str, Callable[[Content], Any]] = {
     "escaping run": lambda content: content.update(run_id="../../elsewhere"),
     "absolute run": lambda content: content.update(run_id="/tmp/elsewhere"),
+    "run above": lambda content: content.update(run_id=".."),
+    "nameless run": lambda content: content.update(run_id=""),
+    "null run": lambda content: content.update(run_id="a\0b"),
     "escaping file": lambda content: content["training"].update(kept=["../best_model.pth"]),
     "files that are none": lambda content: content["training"].update(kept=[1]),
     "no table": lambda content: content.update(training=[1]),
