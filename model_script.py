@@ -549,10 +549,10 @@ def opened(source: Source) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # of what is odd in the file: the picture or one line is the answer
             with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as picture:
                 refuse_bomb(picture, source, size, path)
-                bits = np.atleast_1d(picture.tag_v2.get(258, 8)) if picture.format == "TIFF" else [8]
+                bits = np.atleast_1d(tiff_tags(picture).get(258, 8))
                 if picture.mode == "F" or 32 in bits:
                     raise UserError(f"{path}: 32-bit and floating-point pictures have no agreed white; convert it to 16 bits")
-                if 16 in bits and picture.tag_v2.get(284) == 2:
+                if 16 in bits and tiff_tags(picture).get(284) == 2:
                     raise UserError(f"{path}: its 16-bit channels lie apart (planar); save it with them interleaved")
                 yield picture
     except UserError:
@@ -569,11 +569,16 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise UserError(f"{path}: broken picture ({type(error).__name__}); replace it or remove it") from None
 
 
+def tiff_tags(picture: Image.Image) -> Any:
+    """A TIFF file's table of numbered tags; empty for any other format."""
+    return picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+
+
 def refuse_bomb(picture: Image.Image, source: Source, size: int, path: str | Path) -> None:
     """Raises UserError where `size` bytes claim more pixels, or more passes over them, than a photograph's ever do."""
     area = picture.width * picture.height
-    if picture.format == "TIFF":  # a tile may be larger than its picture
-        area = max(area, picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0))
+    tags = tiff_tags(picture)
+    area = max(area, tags.get(322, 0) * tags.get(323, 0))  # a tile may be larger than its picture
     deep = any(";16" in rawmode for _, rawmode in raw_tiles(picture))
     if area > LARGE and area * len(picture.getbands()) * (1 + deep) > DENSEST * size:
         raise UserError(f"{path}: declares {area / 1e6:.0f} megapixels in {size} bytes; no photograph does, so replace it")
@@ -585,14 +590,14 @@ def refuse_bomb(picture: Image.Image, source: Source, size: int, path: str | Pat
 
 def raw_tiles(picture: Image.Image) -> list[tuple[Any, str]]:
     """Each part of a picture that is still to be decoded, with the layout of its bytes, such as RGB;16B."""
-    return [(tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0])) for tile in picture.tile]
+    tiles = getattr(picture, "tile", ())
+    return [(tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0])) for tile in tiles]
 
 
 def grey_levels(picture: Image.Image) -> np.ndarray:
     """(H, W) uint16 of a grey picture of 16 bits; Pillow's own conversion would clip it to white."""
     levels = np.clip(np.asarray(picture).astype(np.int32), 0, 65535).astype(np.uint16)
-    negative = picture.format == "TIFF" and picture.tag_v2.get(262) == 0
-    return 65535 - levels if negative else levels
+    return 65535 - levels if tiff_tags(picture).get(262) == 0 else levels
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -2488,12 +2493,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | None]:
     """For each pair whether its ground truth is among the checkpoint's training pictures; None where that is not known."""
-    known = checkpoint.get("training_thumbnails")
-    pictures = isinstance(known, Tensor) and known.dtype == torch.uint8 and known.shape[1:] == (16, 16, 3)
-    if not pictures or not known.is_contiguous():
+    past = checkpoint.get("training_thumbnails")
+    if not isinstance(past, Tensor) or past.dtype != torch.uint8 or past.shape[1:] != (16, 16, 3) or not past.is_contiguous():
         print("twins: the checkpoint does not say what it was trained on; no pair is flagged")
         return [None] * len(store)
-    return [bool(twin) for twin in find_twins(store.thumbnails, known.numpy())]
+    return [bool(twin) for twin in find_twins(store.thumbnails, past.numpy())]
 
 
 def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
