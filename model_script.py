@@ -2096,7 +2096,7 @@ class Trainer:
             self.best, self.kept, self.run_id = float(training["best"]), list(training["kept"]), str(state["run_id"])
             moments = [(p, v) for p, values in self.optimizer.state.items() for v in values.values() if isinstance(v, Tensor)]
             fits = all(v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in moments)
-            if not fits and not hasattr(self.model, "make_optimizer"):  # another's may keep what it likes
+            if not fits and isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):  # another may keep what it likes
                 raise ValueError
             if self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
                 raise ValueError
