@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.client
 import io
 import json
@@ -51,7 +52,10 @@ class Server:
         limits = ["--max-megabytes", "2", "--max-megapixels", "1"]
         command = [sys.executable, str(ROOT / "web_app.py"), *options, *limits]
         self.log = open(folder / "log", "w+b")  # noqa: SIM115 - it lives as long as the server
-        self.process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=self.log, stderr=self.log)
+        ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs would ignore it
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=self.log, stderr=self.log, preexec_fn=ctrl_c
+        )
         ends = time.monotonic() + 200
         while self.process.poll() is None and time.monotonic() < ends:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
