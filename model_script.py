@@ -49,7 +49,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and tests read it here.
@@ -93,6 +93,8 @@ def knob(
 @dataclass
 class Config:
     """Every setting of every mode. Twelve keys are the published CPU recipe's and keep its names and meaning."""
+
+    unused: ClassVar[tuple[str, ...]] = ()  # keys that another system inherits and has no use for
 
     # run
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -185,6 +187,13 @@ class Config:
     checkpoint_dir: str = knob("checkpoints", "where weights go")
     log_dir: str = knob("logs", "where TensorBoard logs go")
     results_dir: str = knob("results", "where evaluations go")
+
+
+# what another system may have no use for, and names in its `unused`
+FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropout")
+HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
+LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
+TILE_KEYS = ("tile_size", "memory_megabytes")
 
 
 def allowed(key: dataclasses.Field) -> str:
@@ -358,8 +367,11 @@ def describe_keys(config_class: type[Config]) -> str:
     lines = ["config keys (in the JSON file, or --set KEY=VALUE)"]
     default = config_class()
     for key in dataclasses.fields(config_class):
-        shown = json.dumps(getattr(default, key.name))
-        lines.append(f"  {key.name} = {shown}\n      {key.metadata['meaning']} ({allowed(key)})")
+        if key.name not in config_class.unused:
+            shown = json.dumps(getattr(default, key.name))
+            lines.append(f"  {key.name} = {shown}\n      {key.metadata['meaning']} ({allowed(key)})")
+    if config_class.unused:
+        lines.append(f"of the shared keys these change nothing here: {', '.join(config_class.unused)}")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from baselines import equalise
 class AnlightenConfig(ms.Config):
     """The script's settings and those of this system; the defaults are the published size."""
 
+    unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
     width: int = ms.knob(64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True)
     multipliers: list[int] = ms.knob(
         [1, 2, 2, 4, 4, 8], "width of each level over `width`, full resolution first", low=1, high=64, architecture=True

@@ -21,8 +21,7 @@ Where they are silent or differ, this file
     halves the rates after each quarter of a stage (the paper's code: a tenth after a fifth of the epochs);
     has no BM3D denoising of the reflectance, an optional step outside the network, so that the networks are compared.
 
-The keys learning_rate, warmup_steps and temperature, and those of the flow and its losses, do nothing here. With
-weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights that are saved as best
+With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights that are saved as best
 glide towards the trained ones, also those of a Decom-Net that is already frozen; 0 saves the trained ones themselves.
 """
 
@@ -30,7 +29,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,9 @@ import model_script as ms
 class RetinexConfig(ms.Config):
     """The shared settings and those of RetinexNet. `training` counts as architecture: it says what the weights mean."""
 
+    unused: ClassVar[tuple[str, ...]] = (
+        ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS + ("learning_rate", "warmup_steps", "temperature")
+    )
     training: str = ms.knob(
         "split",
         "split: Decom-Net for half of the run, then Enhance-Net; join: both at once; "

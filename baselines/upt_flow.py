@@ -24,6 +24,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,9 @@ from baselines import equalise
 
 @dataclass
 class UPTFlowConfig(ms.Config):
-    """The script's keys with the published recipe's defaults, and this model's own.
+    """The script's keys with the published recipe's defaults, and this model's own."""
 
-    num_flow_blocks, thumbnail_size and global_dropout shape the script's own model alone; here they change nothing.
-    """
-
+    unused: ClassVar[tuple[str, ...]] = ("num_flow_blocks", "thumbnail_size", "global_dropout", *ms.TILE_KEYS)
     encoder_width: int = ms.knob(48, "channels of the encoder's first level, even", low=2, high=512, architecture=True)
     encoder_blocks: int = ms.knob(2, "blocks of either branch at each level", low=1, high=16, architecture=True)
     refinement_blocks: int = ms.knob(2, "blocks that refine the full-resolution features", low=0, high=16, architecture=True)

@@ -78,7 +78,7 @@ MUTANTS = [
     ),
     Mutant("a, b = (np.sort(image.reshape(-1, 3), axis=0)", "a, b = (np.sort(image.reshape(-1, 3), axis=1)", METRICS),
     Mutant("np.clip(enhanced * ((high @ GREY).mean()", "np.clip(enhanced + ((high @ GREY).mean()", METRICS),
-    Mutant(".min(1) <= tolerance", ".max(1) <= tolerance", DATA),
+    Mutant(".min() <= tolerance", ".max() <= tolerance", DATA),
     # training and resuming
     Mutant(
         "rng = np.random.default_rng((self.config.seed, epoch, index))",
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant("order = np.random.default_rng((seed, epoch)).permutation(count)", "order = np.random.permutation(count)", TRAINING),
     Mutant("torch.manual_seed(self.config.seed * 1_000_003 + self.step)", "torch.seed()", TRAINING),
     Mutant("config.seed)[self.step % self.steps_per_epoch :]", "config.seed)", TRAINING),
-    Mutant('self.optimizer.load_state_dict(training["optimizer"])', "pass", TRAINING),
+    Mutant('self.optimizer.load_state_dict(training["optimizer"] | own)', "pass", TRAINING),
     Mutant('self.ema.n_averaged.copy_(training["averaged"])', "pass", TRAINING),
     Mutant("torch._foreach_lerp_(averages, current, 1 - now)", "torch._foreach_lerp_(averages, current, now)", TRAINING),
     Mutant('better = means["psnr"] > self.best', 'better = means["psnr"] < self.best', TRAINING),

@@ -37,6 +37,16 @@ def test_help_names_the_command(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"python benchmarks/{name}.py" in capsys.readouterr().out
 
 
+def test_every_mutant_is_still_a_line_of_the_script() -> None:
+    import mutants
+
+    source = (ROOT / "model_script.py").read_text(encoding="utf-8")
+    assert len(mutants.MUTANTS) >= 30
+    for mutant in mutants.MUTANTS:
+        assert source.count(mutant.before) == 1 and mutant.before != mutant.after, mutant.before
+        assert (ROOT / "tests" / f"{mutant.tests}.py").is_file()
+
+
 def folders(data: Path) -> list[str]:
     """--set arguments that name tiny training and evaluation pairs, and write below `data`."""
     pairs = [
@@ -68,10 +78,11 @@ def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
     make_data(tmp_path, train=6)
     small = ["flow_channels=8", "thumbnail_size=32", "crop_size=32", "image_size=32,32", "batch_size=1"]
     chosen = [text for pair in small for text in ("--set", pair)]
-    for variant in ("recipe", "without global branch", "without flow (direct regression)"):
+    variants = ["recipe", "without global branch", "without flow (direct regression)", "input itself"]
+    for variant in variants:
         run("ablation", variant, "--minutes", "0.001", *folders(tmp_path), *chosen)
     with open(tmp_path / "results" / "ablation.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["variant"] for row in rows] == ["recipe", "without global branch", "without flow (direct regression)"]
-    assert all(0 < float(row["psnr"]) < 60 and float(row["steps"]) >= 1 for row in rows)
+    assert [row["variant"] for row in rows] == variants
+    assert all(0 < float(row["psnr"]) < 60 and (float(row["steps"]) >= 1) == (row["variant"] != variants[3]) for row in rows)
     assert rows[2]["bits_per_dim"] == "nan" and float(rows[0]["bits_per_dim"]) > 0
