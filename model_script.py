@@ -368,8 +368,8 @@ def describe_keys(config_class: type[Config]) -> str:
     default = config_class()
     for key in dataclasses.fields(config_class):
         if key.name not in config_class.unused:
-            shown = json.dumps(getattr(default, key.name))
-            lines.append(f"  {key.name} = {shown}\n      {key.metadata['meaning']} ({allowed(key)})")
+            value = json.dumps(getattr(default, key.name))
+            lines.append(f"  {key.name} = {value}\n      {key.metadata['meaning']} ({allowed(key)})")
     if config_class.unused:
         lines.append(f"of the shared keys these change nothing here: {', '.join(config_class.unused)}")
     return "\n".join(lines)
