@@ -447,6 +447,7 @@ import numpy as np  # noqa: E402
 import skimage  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.nn  # noqa: E402  (imported later, inside a process group, its functions would keep the group)
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, TiffImagePlugin, UnidentifiedImageError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -1620,7 +1621,8 @@ def process_group(mode: str, device: str) -> Iterator[None]:
             yield
             from_all(True)  # leave together: who leaves a group that is still at work may crash
     finally:
-        gc.collect()  # DistributedDataParallel lies in a cycle and must go before its group: else the process may abort
+        # The group's threads must end before the interpreter does: one that then asks for the GIL aborts the process.
+        gc.collect()  # DistributedDataParallel holds the group and lies in a cycle
         dist.destroy_process_group()
 
 

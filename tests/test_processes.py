@@ -138,6 +138,27 @@ def test_a_killed_process_is_restarted_and_the_run_ends_the_same(job: Path, toge
     assert not differing(one["model"], two["model"]) and not differing(one["training"]["model"], two["training"]["model"])
 
 
+THREADS = """
+import os, sys
+from pathlib import Path
+import model_script as ms
+
+status = ms.main()
+left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text().strip())]
+sys.exit(f"{left} outlived their group" if left else status)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads from Linux's /proc")
+def test_no_thread_of_the_group_outlives_it(job: Path) -> None:
+    """One that asks for the interpreter's lock while that shuts down aborts the process, and so the finished job."""
+    folder, script = job / "threads", job / "threads.py"
+    script.write_text(THREADS)
+    few = ["--set", "num_epochs=2", "--set", "val_freq=1"]
+    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), *few, cwd=job, script=script)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_restart_never_takes_up_an_older_run(job: Path, together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
     run_id = torch.load(newest, weights_only=True)["run_id"]
