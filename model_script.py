@@ -129,6 +129,9 @@ class Config:
         low=0.0,
         high=1.0,
     )
+    whole_share: float = knob(
+        0.0, "with crop_size: share of the batches that show whole pictures at image_size instead", low=0.0, high=1.0
+    )
     window_min: float = knob(
         0.45, "augmentation: smallest share of each side that plays the whole picture; 1: off", low=0.1, high=1.0
     )
@@ -961,8 +964,16 @@ class Sample(NamedTuple):
 WHOLE_BOX = (0.0, 0.0, 1.0, 1.0)
 
 
+class Draw(NamedTuple):
+    """What a training sample is made of: pair number `pair`, as `epoch` augments it; `whole` at image_size, else cropped."""
+
+    epoch: int
+    pair: int
+    whole: bool = False
+
+
 class TrainingSamples(Dataset):
-    """Augmented samples; item (epoch, index) is a pure function of the seed, so that a resumed run repeats it."""
+    """Augmented samples; the item of a Draw is a pure function of the seed, so that a resumed run repeats it."""
 
     def __init__(self, store: PairStore, indices: Sequence[int], config: Config) -> None:
         self.store, self.indices, self.config = store, indices, config
@@ -970,13 +981,13 @@ class TrainingSamples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, draw: Draw | tuple[int, int]) -> Sample:
+        epoch, index, whole = Draw(*draw)
         rng = np.random.default_rng((self.config.seed, epoch, index))
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
         pair = torch.stack([to_tensor(p[top : top + height, left : left + width]) for p in (low, high)])
-        if self.config.crop_size:
+        if self.config.crop_size and not whole:
             pixels, box = self._crop(pair, rng)
         else:
             pixels, box = resize(pair, self.config.image_size, quantise=True), WHOLE_BOX
@@ -1018,10 +1029,13 @@ class TrainingSamples(Dataset):
         return Sample(low, high, thumbnail, torch.tensor([left, top, right, bottom]))
 
 
-def batch_plan(count: int, batch_size: int, epoch: int, seed: int) -> list[list[tuple[int, int]]]:
-    """The batches of an epoch, each a list of (epoch, index): a pure function, so that resuming may start at any step."""
-    order = np.random.default_rng((seed, epoch)).permutation(count)
-    return [[(epoch, int(i)) for i in order[start : start + batch_size]] for start in range(0, count, batch_size)]
+def batch_plan(count: int, config: Config, epoch: int) -> list[list[Draw]]:
+    """The batches of an epoch: a pure function, so that resuming may start at any step. A batch is whole or it is not."""
+    rng = np.random.default_rng((config.seed, epoch))
+    order = rng.permutation(count).tolist()
+    batches = [order[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+    whole = (rng.random(len(batches)) < config.whole_share).tolist()
+    return [[Draw(epoch, index, all_of_it) for index in batch] for batch, all_of_it in zip(batches, whole, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2219,7 +2233,7 @@ class Trainer:
         by_time = self.minutes / self.config.max_minutes if self.config.max_minutes else 0.0
         return max(self.step / self.total_steps, by_time)
 
-    def _loader(self, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
+    def _loader(self, batches: Sequence[list[Draw]]) -> DataLoader:
         config = self.config
         samples = TrainingSamples(self.store, self.training, config)
         return DataLoader(
@@ -2235,7 +2249,7 @@ class Trainer:
         self.model.train()
         config = self.config
         bar.set_description(f"epoch {epoch + 1}/{config.num_epochs}")
-        batches = batch_plan(len(self.training), config.batch_size, epoch, config.seed)[self.step % self.steps_per_epoch :]
+        batches = batch_plan(len(self.training), config, epoch)[self.step % self.steps_per_epoch :]
         plans = [divide(batch, rank(), processes(), config.accumulate) for batch in batches]
         parts = iter(self._loader([part for plan in plans for part, _ in plan]))
         started = time.monotonic()

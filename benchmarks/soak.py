@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py [--minutes 120] [--config release_train_config.json] [--pairs 236] [--set KEY=VALUE ...]
 
-Without --set train_low_dir=... it trains on generated 600x400 pairs. Prints the median over the first tenth of the samples
+Without --set train_low_dir=... it trains on generated 600x400 pairs, without --set checkpoint_dir=... into a folder that it
+removes; with both it is a training like any other, watched. Prints the median over the first tenth of the samples
 after the first validation and over the last tenth, and the growth between them. Needs a POSIX system with `ps`.
 """
 
@@ -36,18 +37,20 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        given = dict(text.split("=", 1) for text in arguments.set)
+        weights = Path(given.get("checkpoint_dir", folder / "weights"))
         settings = dict(max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1)
-        settings |= dict(checkpoint_dir=folder / "weights", log_dir=folder / "logs")
-        if not any(text.startswith("train_low_dir=") for text in arguments.set):
+        settings |= dict(checkpoint_dir=weights, log_dir=folder / "logs")
+        if "train_low_dir" not in given:
             write_pairs(folder, arguments.pairs)
             settings |= dict(train_low_dir=folder / "low", train_high_dir=folder / "high")
-        chosen = [f"{key}={value}" for key, value in settings.items()] + arguments.set
         command = [sys.executable, SCRIPT, "--mode", "train", "--config", arguments.config]
-        process = subprocess.Popen([*command, *(f"--set={text}" for text in chosen)], stdout=subprocess.DEVNULL)
+        chosen = [f"--set={key}={value}" for key, value in (settings | given).items()]
+        process = subprocess.Popen([*command, *chosen], stdout=subprocess.DEVNULL)
         samples: list[float] = []
         while process.poll() is None:
             time.sleep(arguments.every)
-            if (folder / "weights" / "best_model.pth").exists() and (now := resident_megabytes(process.pid)):
+            if (weights / "best_model.pth").exists() and (now := resident_megabytes(process.pid)):
                 samples.append(now)
         if process.returncode or len(samples) < 20:
             sys.exit(f"status {process.returncode}, {len(samples)} samples: too few to tell; raise --minutes")

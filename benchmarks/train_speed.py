@@ -135,7 +135,7 @@ def trainer_on_noise(
 
 def first_batch(trainer: model_script.Trainer) -> model_script.Sample:
     """A batch of the trainer's own size."""
-    plan = [(0, index % len(trainer.training)) for index in range(trainer.config.batch_size)]
+    plan = [model_script.Draw(0, index % len(trainer.training)) for index in range(trainer.config.batch_size)]
     return next(iter(trainer._loader([plan])))
 
 

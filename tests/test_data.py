@@ -583,20 +583,31 @@ def test_window_min_is_the_smallest_share(make_pairs: MakePairs) -> None:
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 1), (10, 3), (4, 8), (1, 1)])
 def test_batch_plan_covers_every_index_once(count: int, batch_size: int) -> None:
-    plan = ms.batch_plan(count, batch_size, 7, 0)
-    assert sorted(key for batch in plan for key in batch) == [(7, index) for index in range(count)]
+    plan = ms.batch_plan(count, ms.Config(batch_size=batch_size), 7)
+    assert sorted(draw for batch in plan for draw in batch) == [(7, index, False) for index in range(count)]
     assert [len(batch) for batch in plan[:-1]] == [batch_size] * (len(plan) - 1)
     assert len(plan) == -(-count // batch_size)
 
 
 def test_batch_plan_differs_per_epoch_and_seed_and_repeats() -> None:
-    orders = {
-        (seed, epoch): tuple(index for batch in ms.batch_plan(30, 4, epoch, seed) for _, index in batch)
-        for seed in range(3)
-        for epoch in range(3)
-    }
-    assert len(set(orders.values())) == 9
-    assert ms.batch_plan(30, 4, 2, 1) == ms.batch_plan(30, 4, 2, 1)
+    configs = [ms.Config(batch_size=4, seed=seed, whole_share=0.5) for seed in range(3)]
+    plans = [ms.batch_plan(30, config, epoch) for config in configs for epoch in range(3)]
+    assert len({tuple(draw.pair for batch in plan for draw in batch) for plan in plans}) == 9
+    assert ms.batch_plan(30, configs[1], 2) == plans[5]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_whole_share_of_the_batches_is_whole(share: float) -> None:
+    plan = ms.batch_plan(2000, ms.Config(batch_size=2, whole_share=share), 0)
+    assert all(batch[0].whole == batch[1].whole for batch in plan)  # or their pictures' sizes would differ
+    assert abs(sum(batch[0].whole for batch in plan) / 1000 - share) < 0.05
+
+
+def test_a_whole_draw_is_the_picture_at_image_size(make_pairs: MakePairs) -> None:
+    folders = make_pairs(2, size=(64, 80))
+    plain, crops = samples_of(folders, image_size=[24, 40]), samples_of(folders, image_size=[24, 40], crop_size=32)
+    assert same(crops[ms.Draw(3, 1, whole=True)], plain[3, 1])
+    assert crops[3, 1].low.shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("quantise", [False, True])

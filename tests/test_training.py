@@ -491,8 +491,9 @@ def test_every_knob_changes_the_weights(data: Path, reference: Path, tmp_path: P
     [
         ({"histogram_kernel": "inverse_quadratic"}, {"histogram_sigma": 0.1}),
         ({"crop_size": 32}, {"crop_scales": [0.0]}),
+        ({"crop_size": 32}, {"whole_share": 0.6}),
     ],
-    ids=["histogram_sigma", "crop_scales"],
+    ids=["histogram_sigma", "crop_scales", "whole_share"],
 )
 def test_dependent_knobs_change_the_weights(data: Path, tmp_path: Path, base: dict[str, Any], changes: dict[str, Any]) -> None:
     without = trained_with(data, tmp_path / "without", **base)

@@ -479,7 +479,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     settings = settings_in(resumed, num_epochs=2)
     trainer = ms.Trainer(ms.apply_settings(upt.UPTFlowConfig(), settings, "test"), upt.UPTFlow)
     trainer.model.train()
-    batches = list(trainer._loader(ms.batch_plan(len(trainer.training), trainer.config.batch_size, 0, trainer.config.seed)))
+    batches = list(trainer._loader(ms.batch_plan(len(trainer.training), trainer.config, 0)))
     for batch in batches[:2]:  # a signal within the first epoch
         trainer._train_step([(batch, 1.0)])
     averaged = trainer.ema.module
