@@ -3,7 +3,8 @@
     python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE]
 
 training     images a second of the published recipe (128x128), of the release recipe and of each baseline's recipe, and of
-             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size; by turns, medians
+             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size; by turns, medians;
+             the release recipe also under torch.compile, and in torch's own memory layout in place of channels_last
 enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with random weights
 sizes        seconds and peak memory of a whole process, 0.1 to 24 megapixels
 scaling      training images a second of torchrun with 1 and 2 processes of one thread each, same total batch
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,13 +26,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from enhance_speed import MEGAPIXELS, write_picture
 from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
 
 RELEASE = "release_train_config.json"
+COMPILED, PLAIN = "torch.compile", "contiguous layout"
 Row = dict[str, Any]
 
 
@@ -79,6 +82,14 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
     return [*rows, row("scaling", "efficiency", rows[1]["value"] / rows[0]["value"] / 2, "of 1")]
 
 
+def compiles() -> bool:
+    """Whether torch.compile has the C++ compiler that it needs; says so when not."""
+    found = bool(shutil.which("g++") or shutil.which("clang++"))
+    if not found:
+        print(f"{COMPILED} is left out: it needs a C++ compiler")
+    return found
+
+
 def by_turns(works: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
     """Median seconds of one call of each, measured alternately; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in works}
@@ -109,7 +120,9 @@ def in_process(checkpoint: str, folder: Path, rounds: int, seconds: float) -> li
 
     recipes = {name: spec[3] for name, spec in SYSTEMS.items()}
     trainers = {f"{name}, {Path(path).stem}": (name, path, 128) for name, path in recipes.items()}
-    trainers["ConditionalFlow, release_train_config"] = ("ConditionalFlow", RELEASE, 0)
+    release = "ConditionalFlow, release_train_config"
+    variants = [release, f"{release}, {PLAIN}"] + ([f"{release}, {COMPILED}"] if compiles() else [])
+    trainers |= {label: ("ConditionalFlow", RELEASE, 0) for label in variants}
     works: dict[str, Callable[[], object]] = {}
     images, side_of, made = {}, {}, {}
     stand_in = StandIn()
@@ -119,6 +132,10 @@ def in_process(checkpoint: str, folder: Path, rounds: int, seconds: float) -> li
         changes = {"image_size": list(size)} if side else {}
         trainer = made[label] = trainer_on_noise(recipe, size, folder / label.replace("/", "_"), system, **changes)
         trainer.model.train()
+        if label.endswith(PLAIN):
+            trainer.model.to(memory_format=torch.contiguous_format)
+        if label.endswith(COMPILED):
+            trainer.parallel = cast(torch.nn.Module, torch.compile(trainer.parallel))
         runtime, batch = trainer.runtime, first_batch(trainer)
         works[label] = functools.partial(trainer._train_step, [(batch, 1.0)])
         images[label], side_of[label] = len(batch.low), batch.low.shape[-1]
@@ -151,6 +168,8 @@ def in_process(checkpoint: str, folder: Path, rounds: int, seconds: float) -> li
         "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, config, runtime),
         "stand-in": passes(functools.partial(stand_in.enhance, low)),
     }
+    if compiles():
+        turns |= {f"ConditionalFlow, {COMPILED}": passes(functools.partial(torch.compile(model.enhance), low))}
     for label, trainer in made.items():
         if not label.startswith("ConditionalFlow"):
             other = trainer.averaged.eval()
@@ -158,16 +177,15 @@ def in_process(checkpoint: str, folder: Path, rounds: int, seconds: float) -> li
     for label, each in by_turns(turns, rounds, 0).items():
         rows.append(row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}"))
 
-    label = "ConditionalFlow, release_train_config"
     peak = by_turns({"bf16": matrix_product(torch.bfloat16), "fp32": matrix_product(torch.float32)}, rounds, seconds)
     rates = {name: 2 * 2048**3 / each / 1e9 for name, each in peak.items()}
     with FlopCounterMode(display=False) as counter:
-        works[label]()
+        works[release]()
     work = counter.get_total_flops() / 1e9
     rows += [row("roofline", f"{name} matrix product", rate, "GFLOP/s", "2048x2048") for name, rate in rates.items()]
-    rows.append(row("roofline", "release training step", work / found[label], "GFLOP/s", f"{work:.0f} GFLOP a step"))
+    rows.append(row("roofline", "release training step", work / found[release], "GFLOP/s", f"{work:.0f} GFLOP a step"))
     used = "bf16" if runtime.dtype == torch.bfloat16 else "fp32"
-    rows.append(row("roofline", "utilisation", work / found[label] / rates[used], "of 1", f"of the {used} matrix product"))
+    rows.append(row("roofline", "utilisation", work / found[release] / rates[used], "of 1", f"of the {used} matrix product"))
     return rows
 
 

@@ -74,6 +74,20 @@ def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys:
     assert table.count("\n| ") == 6 and table in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_retinexnet_findings_trains_and_measures_every_variant(tmp_path: Path) -> None:
+    make_data(tmp_path, train=4, evaluation=2)
+    small = ["--set", "image_size=32,32", "--set", "batch_size=2"]
+    run("retinexnet_findings", "--minutes", "0.001", *folders(tmp_path), *small)
+    (results,) = (tmp_path / "results").glob("retinexnet_findings_*")
+    with open(results / "findings.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["variant"] for row in rows] == list(importlib.import_module("retinexnet_findings").VARIANTS)
+    assert all(float(row["plain noise"]) > 0 and 0 <= float(row["white"]) <= 1 for row in rows)
+    assert float(rows[-1]["relit"]) == 1.0  # ignore_ienhance: the illumination is left out
+    assert len(list(results.glob("*.png"))) == len(rows)
+
+
 def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
     make_data(tmp_path, train=6)
     small = ["flow_channels=8", "thumbnail_size=32", "crop_size=32", "image_size=32,32", "batch_size=1"]

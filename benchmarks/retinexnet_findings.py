@@ -1,0 +1,109 @@
+"""Two findings of a student project on RetinexNet, put to the test: white images from joint training, noise in plain zones.
+
+    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE ...] [--set KEY=VALUE ...]
+
+Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation pairs:
+psnr, ssim         of the enhanced picture at 128x128
+relit, its white   mean of the new illumination and the share of it at or above 0.98: "white images" would be near 1
+white              share of the enhanced pixels whose three channels all exceed 0.9, over the target's share
+plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the target, at the pictures'
+                   own size, over the target's own
+Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced | target of every tenth
+scene and variant, and the trained weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare import markdown, train
+from scipy.ndimage import gaussian_filter
+
+import model_script as ms
+from baselines import classes
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "split": {},
+    "split, transposed": {"transposed": True},
+    "join": {"training": "join"},
+    "join, transposed": {"training": "join", "transposed": True},
+    "ignore_ienhance": {"training": "ignore_ienhance"},
+}
+
+
+def detail(image: np.ndarray) -> np.ndarray:
+    """What a Gaussian of 2 pixels removes from an (H, W, 3) picture."""
+    return image - gaussian_filter(image, (2, 2, 0))
+
+
+def plain_zones(target: np.ndarray) -> np.ndarray:
+    """(H, W), true in the fifth of an (H, W, 3) picture that varies least within some 4 pixels."""
+    grey = target.mean(2)
+    spread = gaussian_filter(grey**2, 4) - gaussian_filter(grey, 4) ** 2
+    return spread <= np.quantile(spread, 0.2)
+
+
+def white_share(image: np.ndarray) -> float:
+    """Share of an (H, W, 3) picture's pixels whose three channels all exceed 0.9."""
+    return float((image.min(2) > 0.9).mean())
+
+
+def findings(model: ms.System, low: torch.Tensor, high: torch.Tensor) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """(The figures of one pair (1, 3, H, W), the pictures of its strip.)"""
+    small_low, small_high = (ms.resize(image, (128, 128), quantise=True) for image in (low, high))
+    maps, enhanced = model.pictures(low), model.enhance(low)
+    ours, target = (image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, high))
+    pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (model.enhance(small_low), small_high)]
+    scores, zones = ms.image_metrics(*pictures), plain_zones(target)
+    return {
+        "psnr": scores["psnr"],
+        "ssim": scores["ssim"],
+        "relit": float(maps["relit"].mean()),
+        "relit white": float((maps["relit"] >= 0.98).float().mean()),
+        "white": white_share(ours),
+        "target white": white_share(target),
+        "plain noise": float(detail(ours)[zones].std() / detail(target)[zones].std()),
+    }, [low[0], maps["reflectance"][0], maps["relit"][0], enhanced[0], high[0]]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Train or load each variant, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--weights", action="append", default=[], metavar="VARIANT=FILE", help="do not train this one")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="variants to run; default: all")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
+    weights = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.weights)}
+    base = ms.apply_settings(ms.Config(), overrides, "--set")
+    store = ms.PairStore(ms.find_pairs(base.eval_low_dir, base.eval_high_dir, "eval"), base)
+    folder = ms.results_folder(base.results_dir, "retinexnet_findings")
+    table = []
+    for name in arguments.only or VARIANTS:
+        plain = name.replace(", ", "_")
+        if name not in weights:
+            with torch.enable_grad():
+                weights[name], _ = train("RetinexNet", arguments.minutes, folder / plain, overrides | VARIANTS[name])
+        model, *_ = ms.load_model(str(weights[name]), {"device": "cpu"}, *classes("RetinexNet"))
+        rows = []
+        for index in range(len(store)):
+            low, high = (ms.to_tensor(pixels)[None] for pixels in store[index])
+            row, pictures = findings(model, low, high)
+            rows.append(row)
+            if index % 10 == 0:
+                strip = ms.triptych(pictures, ["input", "reflectance", "relit", "enhanced", "target"])
+                ms.write_image(folder / f"{plain}_{store.pairs[index].low.stem}.png", strip)
+        table.append({"variant": name} | {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]})
+        print(table[-1], flush=True)
+        ms.write_csv(folder / "findings.csv", table)
+    print(markdown(table) + f"{folder}: findings.csv, strips")
+
+
+if __name__ == "__main__":
+    main()
