@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        given = dict(text.split("=", 1) for text in arguments.set)
+        given = dict(text.partition("=")[::2] for text in arguments.set)
         weights = Path(given.get("checkpoint_dir", folder / "weights"))
         settings = dict(max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1)
         settings |= dict(checkpoint_dir=weights, log_dir=folder / "logs")
