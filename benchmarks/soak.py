@@ -45,7 +45,8 @@ def main() -> None:
             write_pairs(folder, arguments.pairs)
             settings |= dict(train_low_dir=folder / "low", train_high_dir=folder / "high")
         command = [sys.executable, SCRIPT, "--mode", "train", "--config", arguments.config]
-        chosen = [f"--set={key}={value}" for key, value in (settings | given).items()]
+        ours = [f"--set={key}={value}" for key, value in settings.items() if key not in given]
+        chosen = ours + [f"--set={text}" for text in arguments.set]
         process = subprocess.Popen([*command, *chosen], stdout=subprocess.DEVNULL)
         samples: list[float] = []
         while process.poll() is None:
