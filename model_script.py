@@ -38,6 +38,7 @@ import math
 import os
 import pickletools
 import random
+import re
 import struct
 import sys
 import time
@@ -191,6 +192,12 @@ class Config:
     log_dir: str = knob("logs", "where TensorBoard logs go")
     results_dir: str = knob("results", "where evaluations go")
 
+
+# what only the user of a checkpoint says, never the checkpoint: it may be a stranger's
+USE_KEYS = (
+    *("device", "num_workers", "cache_megabytes", "results_dir"),
+    *("samples", "uncertainty", "exposure", "reference", "overwrite", "quality", "tile_size", "memory_megabytes"),
+)
 
 # what another system may have no use for, and names in its `unused`
 FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropout")
@@ -854,10 +861,12 @@ class PairStore:
     `thumbnails` holds each target at 16x16 (N, 16, 16, 3) uint8; scenes and twins are told by them.
     """
 
-    def __init__(self, pairs: Sequence[Pair], config: Config, log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], config: Config, log: Callable[[str], None] = print, room: int | None = None
+    ) -> None:
         self.pairs: list[Pair] = []
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        room = config.cache_megabytes * 2**20
+        self.room = config.cache_megabytes * 2**20 if room is None else room  # bytes; what another store left, say
         thumbnails, bad = [], []
         for pair in tqdm(pairs, desc="reading pairs", leave=False, **progress_style()):
             try:
@@ -869,8 +878,8 @@ class PairStore:
                 continue
             self.pairs.append(pair)
             thumbnails.append(np.asarray(Image.fromarray(high).resize((16, 16), Image.Resampling.BOX)))
-            if low.nbytes + high.nbytes <= room:
-                room -= low.nbytes + high.nbytes
+            if low.nbytes + high.nbytes <= self.room:
+                self.room -= low.nbytes + high.nbytes
                 self._cache[pair.name] = (low, high)
         for line in bad:
             log(f"left out: {line}")
@@ -1620,9 +1629,12 @@ def process_group(mode: str, device: str) -> Iterator[None]:
             raise UserError(f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start one process each")
         torch.cuda.set_device(place)
     elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which leaves cores idle
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // here))
     where: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError("--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each; set it there")
         # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch issue 135712)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
@@ -2042,10 +2054,39 @@ def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list
     """(training store, its indices, validation store, its indices)."""
     store = PairStore(find_pairs(config.train_low_dir, config.train_high_dir, "train"), config)
     if config.val_low_dir:
-        held_out = PairStore(find_pairs(config.val_low_dir, config.val_high_dir, "val"), config)
+        held_out = PairStore(find_pairs(config.val_low_dir, config.val_high_dir, "val"), config, room=store.room)
         return store, list(range(len(store))), held_out, list(range(len(held_out)))
     training, validation = split_by_scene(store.thumbnails, config)
     return store, training, store, validation
+
+
+@contextmanager
+def curves(log_dir: Path) -> Iterator[Any]:
+    """TensorBoard's writer for `log_dir`. Raises UserError when what was logged cannot be written.
+
+    Its thread hands an error on and then dies of it: that traceback would be the second report of one full disk.
+    """
+    import threading
+
+    from torch.utils.tensorboard import SummaryWriter  # two seconds to import; only training needs it
+
+    def report(failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            before(failed)
+
+    before, threading.excepthook = threading.excepthook, report
+    others = set(threading.enumerate())
+    try:
+        make_folder(log_dir)
+        with SummaryWriter(log_dir) as writer:
+            yield writer
+    except OSError as error:
+        for thread in set(threading.enumerate()) - others:
+            thread.join(timeout=1)  # it may still be on its way to its traceback
+        where = error.filename or log_dir
+        raise UserError(f"{where}: cannot write ({error.strerror or error}); check the folder and the free space") from None
+    finally:
+        threading.excepthook = before
 
 
 class LossModule(nn.Module):
@@ -2128,9 +2169,11 @@ class Trainer:
                 raise ValueError
             if self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
                 raise ValueError
-            for name in [self.run_id, *self.kept]:  # they become files and folders
-                if not is_text(name) or Path(name).name != name or name.startswith(".") or not name:
-                    raise ValueError
+            run = self.run_id  # it becomes a folder
+            if not run or not is_text(run) or Path(run).name != run or run.startswith("."):
+                raise ValueError
+            if not all(isinstance(name, str) and re.fullmatch(r"checkpoint_epoch_\d+\.pth", name) for name in self.kept):
+                raise ValueError  # they are removed one day
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path}: its training state is damaged ({type(error).__name__}); resume from another") from None
 
@@ -2176,15 +2219,17 @@ class Trainer:
                 (self.folder / other).unlink()
 
     def _claim_folder(self) -> None:
-        """Under torchrun note whose folder this is, for its restarts; remove what a killed process of this run left over."""
-        if dist.is_torchelastic_launched():
-            write_bytes(self.folder / RUN_FILE, self.run_id.encode())
-        for path in self.folder.glob(".*.pth"):
+        """Note whose folder this is, for restarts by torchrun; remove what a killed process of this run left over.
+
+        The note is also a trial: a folder that cannot be written to is told before the first step, not after an epoch.
+        """
+        write_bytes(self.folder / RUN_FILE, self.run_id.encode())
+        for path in [*self.folder.glob(".checkpoint_*.*.pth"), *self.folder.glob(".best_model.*.pth")]:  # see `atomic_path`
             if time.time() - path.stat().st_mtime > 60:
                 path.unlink()
         for path in self.folder.glob("checkpoint_epoch_*.pth"):
-            number = path.stem.split("_")[-1]
-            past = path.name == f"checkpoint_epoch_{number}.pth" and int(number) <= self.step // self.steps_per_epoch
+            number = path.stem.removeprefix("checkpoint_epoch_")
+            past = number.isdecimal() and int(number) <= self.step // self.steps_per_epoch
             if past and path.name not in self.kept and written_by(path, self.run_id):
                 path.unlink()
 
@@ -2192,18 +2237,14 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end, to max_minutes or to Ctrl-C; returns the exit status."""
-        from torch.utils.tensorboard import SummaryWriter  # two seconds to import; only training needs it
-
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
         self._announce(log_dir)
         if rank() == 0:
-            for folder in (self.folder, log_dir):
-                make_folder(folder)
+            make_folder(self.folder)
             self._claim_folder()
-            self.writer = SummaryWriter(log_dir)
         first = self.step // self.steps_per_epoch
         bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", **progress_style())
-        with polite_signals() as interrupted, bar, self.writer or nullcontext():
+        with polite_signals() as interrupted, bar, curves(log_dir) if rank() == 0 else nullcontext() as self.writer:
             for epoch in range(first, config.num_epochs):
                 stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch
@@ -2221,7 +2262,8 @@ class Trainer:
                     return 130
             self._conclude()
         print(f"best weights: {self.folder / 'best_model.pth'} (validation PSNR {self.best:.2f} dB)")
-        print(f"newest checkpoint: {self.folder / self.kept[-1]}")
+        if self.kept:
+            print(f"newest checkpoint: {self.folder / self.kept[-1]}")
         print(f"curves: tensorboard --logdir {config.log_dir}")
         return 0
 
@@ -2310,10 +2352,11 @@ class Trainer:
         if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():
             bad = ["gradient"]
         if bad:
-            good = (
-                f"the last good checkpoint is {self.folder / self.kept[-1]}" if self.kept else "no checkpoint was written yet"
-            )
-            raise RunError(f"step {self.step}: the term {bad[0]} is not finite; {good}; try a lower learning_rate")
+            raise RunError(f"step {self.step}: the term {bad[0]} is not finite; {self._way_back()}")
+
+    def _way_back(self) -> str:
+        good = f"the last good checkpoint is {self.folder / self.kept[-1]}" if self.kept else "no checkpoint was written yet"
+        return f"{good}; try a lower learning_rate"
 
     # reports ----------------------------------------------------------------------------------------------------------
 
@@ -2345,6 +2388,8 @@ class Trainer:
             with self.runtime.autocast():
                 enhanced = model.enhance(low)
                 likelihood = model.likelihood(high, low)
+            if not bool(enhanced.isfinite().all()):
+                raise RunError(f"step {self.step}: an enhanced picture is not finite; {self._way_back()}")
             pixels = [image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)]
             bits = float(likelihood[0]) if likelihood else math.nan
             scores.append({"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": bits})
@@ -2376,29 +2421,45 @@ class Trainer:
             )
 
 
-def resume_from(arguments: argparse.Namespace, config_class: type[Config]) -> str | None:
-    """The checkpoint that training goes on from: --resume's, the newest of its folder, or after a restart by torchrun the
-    newest of this run. Raises UserError when --resume names a folder without one."""
-    if dist.is_torchelastic_launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        folder = Path(arguments.settings.get("checkpoint_dir", config_class().checkpoint_dir))
+def resume_from(given: str | None) -> str | None:
+    """The checkpoint that --resume names, the newest where it is a folder. Raises UserError for a folder without one."""
+    if not given or not os.path.isdir(given):
+        return given
+    newest = newest_checkpoint(Path(given))
+    if newest is None:
+        raise UserError(f"--resume {given}: no checkpoint_epoch_N.pth in this folder; name another")
+    return newest
+
+
+def after_restart(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` of the run that torchrun starts again; None where this is no restart.
+
+    Each host counts its own failures alone, so any process that was restarted speaks for all. A first start forgets
+    whoever trained here before.
+    """
+    again = any(from_all(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+    newest = None
+    if rank() == 0:
         with suppress(OSError):
-            if newest := newest_checkpoint(folder, (folder / RUN_FILE).read_text(encoding="utf-8")):
-                return newest
-    if arguments.resume and os.path.isdir(arguments.resume):
-        newest = newest_checkpoint(Path(arguments.resume))
-        if newest is None:
-            raise UserError(f"--resume {arguments.resume}: no checkpoint_epoch_N.pth in this folder; name another")
-        return newest
-    return arguments.resume
+            if again:
+                newest = newest_checkpoint(folder, (folder / RUN_FILE).read_text(encoding="utf-8"))
+            else:
+                (folder / RUN_FILE).unlink()
+    return from_first(newest)
 
 
 def train(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode train."""
-    resume = from_first(resume_from(arguments, config_class))
-    if resume:
-        config = checkpoint_config(load_checkpoint(resume), resume, arguments.settings, config_class)
-    else:
-        config = apply_settings(config_class(), arguments.settings, "config")
+
+    def config_of(resume: str | None) -> Config:
+        if resume:
+            return checkpoint_config(load_checkpoint(resume), resume, arguments.settings, config_class)
+        return apply_settings(config_class(), arguments.settings, "config")
+
+    resume = from_first(resume_from(arguments.resume))
+    config = config_of(resume)
+    if dist.is_torchelastic_launched() and (own := after_restart(Path(config.checkpoint_dir))):
+        resume, config = own, config_of(own)
     return Trainer(config, model_class, resume).fit()
 
 
@@ -2411,7 +2472,8 @@ def load_model(path: str, settings: dict[str, Any], model_class: type[System], c
     """(model, its config under `settings`, runtime, checkpoint content) for evaluation and enhancement."""
     checkpoint = load_checkpoint(path)
     check_system(checkpoint, path, model_class)
-    here = {"device": "auto", "results_dir": config_class().results_dir}  # the training's own say nothing about this use
+    default = config_class()
+    here = {name: getattr(default, name) for name in USE_KEYS}
     config = checkpoint_config(checkpoint, path, here | settings, config_class)
     runtime = choose_runtime(config)
     check_weights(checkpoint, path, model_class, config)
@@ -2437,6 +2499,12 @@ class Scored(NamedTuple):
     extra: dict[str, Tensor]
 
 
+def refuse_not_finite(*pictures: Tensor) -> None:
+    """Raises UserError where weights are so large that what they give is no number."""
+    if not all(bool(picture.isfinite().all()) for picture in pictures):
+        raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
+
+
 @torch.no_grad()
 def score_pairs(
     model: System, store: PairStore, config: Config, runtime: Runtime, twins: Sequence[bool | None]
@@ -2454,6 +2522,7 @@ def score_pairs(
         with runtime.autocast():
             enhanced = model.enhance(low, config.temperature)
         enhanced = enhanced.float().cpu()
+        refuse_not_finite(enhanced)
         seconds = time.perf_counter() - started
         ours, target = (image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high))
         row: dict[str, Any] = {"filename": pair.low.name, **image_metrics(ours, target)}
@@ -2752,8 +2821,7 @@ def enhance_pixels(
                 draw = whole_decoder(model, low, config.seed)
             answer = draw(0, 0.0 if wanted else temperature)[inside]
             drawn = [draw(number + 1, temperature)[inside] for number in range(wanted)]
-        if not all(bool(picture.isfinite().all()) for picture in (answer, *drawn)):
-            raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
+        refuse_not_finite(answer, *drawn)
         best[here] = to_uint16(answer)
         for sample, picture in zip(samples, drawn, strict=False):
             sample[here] = to_uint16(picture)
@@ -2962,6 +3030,9 @@ def enhance_folder(
     # asked once, before anybody writes: the shares of several processes must come from one list
     todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
     print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
+    for source, target in set(jobs) - set(todo):  # a run that was killed left its pictures and no table
+        made = {"file": str(source), "output": str(target), "note": "made by an earlier run"}
+        rows.setdefault(str(source), dict.fromkeys(ENHANCE_COLUMNS, "") | made)
     done: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
@@ -3003,7 +3074,12 @@ def enhance(arguments: argparse.Namespace, model_class: type[System], config_cla
 
     def work(source: Path, target: Path) -> dict[str, Any]:
         kind = enhance_video if source.suffix.lower() in VIDEO_SUFFIXES else enhance_file
-        return kind(source, target, model, config, runtime, brightness)
+        try:
+            return kind(source, target, model, config, runtime, brightness)
+        except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise UserError(f"{source}: not enough memory; lower memory_megabytes or samples, or make it smaller") from None
 
     if many:
         return enhance_folder(jobs, target, work, config.overwrite)
@@ -3253,6 +3329,9 @@ def main(
             return MODES[arguments.mode](arguments, model_class, config_class)
     except UserError as mistake:
         return complain(mistake)
+    except OSError as error:  # what has no better message of its own
+        where = error.filename or "the output"
+        return complain(UserError(f"{where}: {error.strerror or error}; check the folder and the free space"))
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise

@@ -90,7 +90,7 @@ def pixels_of(path: Path) -> np.ndarray:
 def test_train_says_what_it_does_and_writes_only_its_outputs(workshop: Workshop) -> None:
     assert "5 training and 1 validation pairs" in workshop.trained.stdout
     assert "ckpt/best_model.pth" in workshop.trained.stdout
-    assert {path.name for path in (workshop.folder / "ckpt").iterdir()} == {"best_model.pth", "checkpoint_epoch_1.pth"}
+    assert {path.name for path in (workshop.folder / "ckpt").glob("[!.]*")} == {"best_model.pth", "checkpoint_epoch_1.pth"}
     assert {path.name for path in workshop.folder.iterdir()} == {"data", "config.json", "ckpt", "logs", "results"}
 
 

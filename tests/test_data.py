@@ -337,6 +337,16 @@ def test_the_cache_limit_changes_no_pixel(make_pairs: MakePairs) -> None:
                 np.testing.assert_array_equal(store[index][place], expected)
 
 
+def test_two_stores_share_one_cache_limit(make_pairs: MakePairs, tmp_path: Path) -> None:
+    low, high = make_pairs(2, size=(400, 500))  # 1.2 MB a pair
+    held_out = write_pairs(tmp_path / "held_out", 2, size=(400, 500))
+    folders = dict(train_low_dir=str(low), train_high_dir=str(high))
+    folders |= dict(val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
+    for limit, expected in ((100, [2, 2]), (4, [2, 1]), (2, [1, 0])):
+        store, _, validation, _ = ms.training_data(ms.Config(**folders, cache_megabytes=limit))
+        assert [len(store._cache), len(validation._cache)] == expected, limit
+
+
 def test_thumbnails_are_block_means_of_the_targets(make_pairs: MakePairs) -> None:
     folders = make_pairs(2, size=(32, 48))
     store = store_of(folders)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -426,6 +427,38 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
     assert all(path.stat().st_mtime_ns != before[path] for path in before)
     assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
+
+
+def test_pictures_of_a_killed_run_are_listed_by_the_next(checkpoint: Path, album: Path, tmp_path: Path) -> None:
+    (album / "deep" / "broken.png").unlink()
+    out = tmp_path / "out"
+    assert enhance(checkpoint, album, out) == 0
+    first = rows_of(out)
+    (out / "enhance.csv").unlink()
+    (out / "a.png").unlink()
+    assert enhance(checkpoint, album, out) == 0
+    again = rows_of(out)
+    assert again.keys() == first.keys() and again["a.png"]["note"] == first["a.png"]["note"]
+    assert {row["note"] for name, row in again.items() if name != "a.png"} == {"made by an earlier run"}
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
+    checkpoint: Path, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    (album / "deep" / "broken.png").unlink()
+    real = ms.enhance_pixels
+
+    def scarce(model: ms.System, pixels: np.ndarray, *rest: Any) -> ms.Enhanced:
+        if pixels.shape == ms.read_image(album / "a.png").shape:
+            raise problem
+        return real(model, pixels, *rest)
+
+    monkeypatch.setattr(ms, "enhance_pixels", scarce)
+    assert enhance(checkpoint, album, tmp_path / "out") == 1
+    rows = rows_of(tmp_path / "out")
+    assert "not enough memory" in rows["a.png"]["note"] and len(rows) == 3
+    assert sum("failed" in row["note"] for row in rows.values()) == 1
 
 
 def test_patterns_and_single_files_into_a_folder(checkpoint: Path, album: Path, tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ SPOILED: dict[str, Callable[[Content], Any]] = {
     "null run": lambda content: content.update(run_id="a\0b"),
     "escaping file": lambda content: content["training"].update(kept=["../best_model.pth"]),
     "files that are none": lambda content: content["training"].update(kept=[1]),
+    "the best as one of many": lambda content: content["training"].update(kept=["best_model.pth"]),
     "no table": lambda content: content.update(training=[1]),
     "empty": lambda content: content.update(training={}),
     "no run": lambda content: content.pop("run_id"),
@@ -346,6 +347,26 @@ def test_a_damaged_training_state_is_refused_before_anything_is_written(
     status = main_with("train", settings, "--resume", path)
     assert_one_line_error(status, capsys.readouterr().err.splitlines()[-1], "damaged.pth", "training state")
     assert files_under(tmp_path) == {"in", "in/damaged.pth", "settings.json"}
+
+
+def test_a_checkpoint_does_not_say_what_its_use_may_cost(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "ckpt" / "best_model.pth", weights_only=True)
+    dear = dict(samples=64, uncertainty=True, tile_size=65536, memory_megabytes=10**6, cache_megabytes=10**6, overwrite=True)
+    content["config"] |= dear | dict(num_workers=64, exposure=6.0, quality=1, reference="/dev/zero", results_dir="elsewhere")
+    torch.save(content, tmp_path / "dear.pth")
+    config = ms.load_model(str(tmp_path / "dear.pth"), {"device": "cpu", "quality": 7}, ms.ConditionalFlow, ms.Config)[1]
+    assert {name: getattr(config, name) for name in ms.USE_KEYS} == {
+        **{name: getattr(ms.Config(), name) for name in ms.USE_KEYS},
+        **{"device": "cpu", "quality": 7},
+    }
+
+
+def test_a_state_far_ahead_with_no_checkpoints_ends_at_once(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "ckpt" / "checkpoint_epoch_1.pth", weights_only=True)
+    content["training"].update(step=10**12, kept=[])
+    torch.save(content, tmp_path / "ahead.pth")
+    outputs = {f"{name}_dir": str(tmp_path / name) for name in ("checkpoint", "log", "results")}
+    assert main_with("train", tiny_config(trained, num_epochs=2) | outputs, "--resume", tmp_path / "ahead.pth") == 0
 
 
 def test_the_optimizer_keeps_its_own_settings(trained: Path, tmp_path: Path) -> None:

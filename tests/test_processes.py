@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,14 @@ def test_accumulation_repeats_the_losses_of_one_go(job: Path, alone: Path) -> No
     assert_same_curves(curves(alone), curves(folder))
 
 
+def test_accumulation_in_two_processes_repeats_them_too(job: Path, alone: Path) -> None:
+    folder = job / "accumulated_together"
+    extra = ["--set", "accumulate=2"]  # of 3 and 2 pairs
+    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job)
+    assert done.returncode == 0, done.stderr
+    assert_same_curves(curves(alone), curves(folder))
+
+
 KILLED = """
 import os, signal, sys
 import model_script as ms
@@ -159,12 +168,51 @@ def test_no_thread_of_the_group_outlives_it(job: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_restart_never_takes_up_an_older_run(job: Path, together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_never_takes_up_an_older_run(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
     run_id = torch.load(newest, weights_only=True)["run_id"]
     assert (together / "ckpt" / ms.RUN_FILE).read_text() == run_id
-    assert ms.newest_checkpoint(together / "ckpt", run_id) == str(newest)
     assert ms.newest_checkpoint(together / "ckpt", "another run") is None
+    folder = tmp_path / "ckpt"
+    shutil.copytree(together / "ckpt", folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ms.after_restart(folder) == str(folder / newest.name)
+    (folder / ms.RUN_FILE).write_text("another run")
+    assert ms.after_restart(folder) is None
+    (folder / ms.RUN_FILE).write_text(run_id)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert ms.after_restart(folder) is None  # a first start, which may die before it has claimed the folder
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ms.after_restart(folder) is None
+
+
+def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder stands in the checkpoint: neither --config nor --set names it."""
+    weights, started = together / "ckpt", []
+    monkeypatch.setattr(ms, "Trainer", lambda config, system, resume: started.append((config, resume)) or Finished())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
+    first = weights / "checkpoint_epoch_5.pth"
+    arguments = ms.parse_command_line(["--mode", "train", "--resume", str(first)])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ms.train(arguments, ms.ConditionalFlow, ms.Config) == 0
+    ((config, resume),) = started
+    assert resume == str(weights / f"checkpoint_epoch_{STEPS}.pth") and config.checkpoint_dir == str(weights)
+
+
+class Finished:
+    """A training that has nothing left to do."""
+
+    def fit(self) -> int:
+        return 0
+
+
+def test_restarts_on_several_hosts_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = dict(TORCHELASTIC_RUN_ID="night", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="3")
+    told |= dict(GROUP_WORLD_SIZE="2", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ms.UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), ms.process_group("train", "cpu"):
+        pass
 
 
 def test_evaluation_by_two_processes_writes_the_same_rows(job: Path, together: Path) -> None:

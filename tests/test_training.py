@@ -282,7 +282,7 @@ def test_save_and_validation_frequency(data: Path, tmp_path: Path) -> None:
     assert main_with("train", settings_in(data, tmp_path, num_epochs=5, save_freq=2, val_freq=4, keep_checkpoints=9)) == 0
     names = sorted(path.name for path in (tmp_path / "ckpt").glob("checkpoint_epoch_*"))
     assert names == [f"checkpoint_epoch_{epoch}.pth" for epoch in (2, 4, 5)]  # the last epoch is always saved
-    assert {"best_model.pth", *names} == {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert {"best_model.pth", *names} == {path.name for path in (tmp_path / "ckpt").glob("[!.]*")}
     assert content(tmp_path / "ckpt" / "checkpoint_epoch_2.pth")["training"]["best"] == -math.inf
     assert content(tmp_path / "ckpt" / "checkpoint_epoch_4.pth")["training"]["best"] > 0
 
@@ -386,7 +386,36 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert "step 5" in errors[0] and f"term {name}" in errors[0] and str(good) in errors[0]
     saved = content(good)
     assert all(bool(value.isfinite().all()) for value in saved["training"]["model"].values())
-    assert {path.name for path in good.parent.iterdir()} == {"best_model.pth", good.name}
+    assert {path.name for path in good.parent.iterdir()} == {"best_model.pth", good.name, ms.RUN_FILE}
+
+
+class Overflown(ms.ConditionalFlow):
+    """Its losses are fine, and what it shows is not."""
+
+    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
+        return super().enhance(low, temperature) * math.nan
+
+
+def test_a_picture_that_is_not_finite_ends_training_and_evaluation(
+    data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_with("train", settings_in(data, tmp_path), model_class=Overflown) == 1
+    errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
+    assert len(errors) == 1 and "picture is not finite" in errors[0] and not (tmp_path / "ckpt" / "best_model.pth").exists()
+    weights = straight / "ckpt" / "best_model.pth"
+    assert main_with("evaluate", settings_in(data, tmp_path), "--checkpoint", weights, model_class=Overflown) == 2
+    errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
+    assert len(errors) == 1 and "no finite picture" in errors[0] and not list((tmp_path / "res").glob("*"))
+
+
+def test_a_file_of_any_name_beside_the_checkpoints_is_left_alone(data: Path, tmp_path: Path) -> None:
+    names = {"checkpoint_epoch_final.pth", ".mine.pth", "checkpoint_epoch_.pth"}
+    (tmp_path / "ckpt").mkdir()
+    for name in names:
+        (tmp_path / "ckpt" / name).write_bytes(b"mine")
+        os.utime(tmp_path / "ckpt" / name, (0, 0))
+    assert main_with("train", settings_in(data, tmp_path, num_epochs=1)) == 0
+    assert all((tmp_path / "ckpt" / name).read_bytes() == b"mine" for name in names)
 
 
 def test_a_loss_that_is_never_finite_says_that_no_checkpoint_exists(
