@@ -9,7 +9,10 @@ forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -18,7 +21,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,12 @@ except ImportError as missing:
 
 ROOT = Path(__file__).resolve().parent
 KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
+WHOLE_TOGETHER = 2  # of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
 SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
 
 
 class TooBusy(Exception):
-    """The queue is full."""
+    """There is no room at the moment; its text is the answer."""
 
 
 @dataclasses.dataclass
@@ -74,13 +79,17 @@ class Studio:
         self.settings, self.megapixels = settings, megapixels
         self.jobs: dict[str, Job] = {}
         self.lock, self.todo = threading.Lock(), queue.Queue[str]()
-        self.drawing = threading.Lock()  # a large picture's view takes several times its memory: one at a time
+        # drawing takes several times a picture's memory: one view at a time, which is soon over, and one whole picture
+        self.drawing, self.packing, self.places = threading.Lock(), threading.Lock(), threading.Semaphore(WHOLE_TOGETHER)
+        self.unsent = weakref.WeakKeyDictionary[io.BytesIO, int]()  # the bytes of whole pictures still open for a browser
+        self.closing = False
         self.load = functools.lru_cache(maxsize=2)(self._load)
         self.worker = threading.Thread(target=self._work, daemon=True)
         self.worker.start()
 
     def close(self) -> None:
-        """Let the worker finish what it does and end it: Python must not exit while it is inside a library."""
+        """Let the worker finish what it does, not what waits, and end it: Python must not exit while it is inside a library."""
+        self.closing = True
         self.todo.put("")
         self.worker.join()
 
@@ -105,7 +114,7 @@ class Studio:
         with self.lock:
             waiting = [job for job in self.jobs.values() if job.state in ("waiting", "working")]
             if len(waiting) >= LONGEST_QUEUE or sum(job.size for job in waiting) + len(data) > KEEP_BYTES:
-                raise TooBusy
+                raise TooBusy("too many pictures are waiting; try again in a moment")
             name = secrets.token_urlsafe(16)
             self.jobs[name] = Job(data, model, samples, uncertainty)
         self.todo.put(name)
@@ -116,6 +125,28 @@ class Studio:
         with self.lock:
             before = itertools.takewhile(lambda other: other != name, self.jobs)
             return sum(self.jobs[other].state in ("waiting", "working") for other in before)
+
+    @contextlib.contextmanager
+    def turn(self, whole: bool) -> Iterator[None]:
+        """To draw within. Views wait for each other; a whole picture may take half a minute, so that only WHOLE_TOGETHER are
+        taken on: threads stay free for everything else.
+
+        Raises TooBusy for more, and while slow browsers have yet to fetch more than KEEP_BYTES of whole pictures.
+        """
+        if not whole:
+            with self.drawing:
+                yield
+            return
+        busy = TooBusy("too many full-size pictures are on their way; try again in a moment")
+        if not self.places.acquire(blocking=False):
+            raise busy
+        try:
+            with self.packing:
+                if sum(size for stream, size in self.unsent.items() if not stream.closed) > KEEP_BYTES:
+                    raise busy
+                yield
+        finally:
+            self.places.release()
 
     def forget(self) -> None:
         """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and those that wait."""
@@ -134,7 +165,7 @@ class Studio:
             except queue.Empty:
                 self.forget()
                 continue
-            if not name:
+            if self.closing:
                 return
             job = self.jobs[name]
             job.state = "working"
@@ -238,8 +269,6 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
             name = studio.submit(upload.stream.read(), model, samples, uncertainty)
         except ms.UserError as error:
             return say(400, str(error))
-        except TooBusy:
-            return say(503, "too many pictures are waiting; try again in a moment")
         response = flask.jsonify(job=name)
         response.status_code = 202
         return response
@@ -257,37 +286,50 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
             answer |= {"deviation": None if deviation is None else round(float(deviation.mean()), 5)}
         return flask.jsonify(answer)
 
-    def picture_response(data: bytes, kind: str, download: str = "") -> flask.Response:
-        response = flask.Response(data, mimetype=f"image/{kind}")
-        if download:
-            response.headers["Content-Disposition"] = f'attachment; filename="{download}.{kind}"'
+    def view_response(pixels: np.ndarray) -> flask.Response:
+        return flask.Response(encode_view(pixels, False), mimetype="image/jpeg")
+
+    def whole_response(data: bytes, name: str = "") -> flask.Response:
+        stream = io.BytesIO(data)
+        studio.unsent[stream] = len(data)
+        response = flask.send_file(stream, "image/png", conditional=False)  # the server closes the stream when it is sent
+        if name:
+            response.headers["Content-Disposition"] = f'attachment; filename="{name}.png"'
         return response
 
     @app.get("/jobs/<name>/<what>")
     def picture(name: str, what: str) -> flask.Response:
         given, found = finished(name)
-        with studio.drawing:
-            return drawn(given, found, what, flask.request.args.get("full") == "1")
+        whole = flask.request.args.get("full") == "1"
+        with studio.turn(whole):
+            return drawn(given, found, what, whole)
 
     def drawn(given: ms.Picture, found: ms.Enhanced, what: str, whole: bool) -> flask.Response:
         if what == "uncertainty" and found.deviation is not None:
-            return picture_response(encode_view(ms.heat_map(found.deviation), whole), "png" if whole else "jpeg")
+            heat = ms.heat_map(found.deviation)
+            return whole_response(encode_view(heat, True)) if whole else view_response(heat)
         if what == "low":
             pixels = given.pixels
             shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
-            return picture_response(encode_view(shallow, False), "jpeg")
+            return view_response(shallow)
         choices = {"enhanced": found.best, **{f"sample{n}": s for n, s in enumerate(found.samples, 1)}}
         if what not in choices:
             return say(404, "no such picture")
         deep = whole and given.pixels.dtype == np.uint16
         pixels = ms.level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
         if whole:
-            return picture_response(ms.encode_picture(pixels, ".png", given), "png", what)
-        return picture_response(encode_view(pixels, False), "jpeg")
+            return whole_response(ms.encode_picture(pixels, ".png", given), what)
+        return view_response(pixels)
 
     @app.errorhandler(413)
     def too_large(_: Exception) -> flask.Response:
         return say(413, f"the file is larger than {megabytes:g} MB, the limit of this page")
+
+    @app.errorhandler(TooBusy)
+    def busy(error: TooBusy) -> flask.Response:
+        response = say(503, str(error))
+        response.headers["Retry-After"] = "5"
+        return response
 
     @app.errorhandler(404)
     @app.errorhandler(405)
@@ -338,35 +380,60 @@ def find_checkpoints(given: Sequence[str]) -> list[Path]:
     return found
 
 
+def bounded(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    """The parser of an option's number in [low, high]; nan and infinities are in no range."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"give a {name} in [{low:g}, {high:g}] instead of {text!r}")
+
+    return parse
+
+
+def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., None]) -> None:
+    """Serve the page until Ctrl-C. Raises UserError where that cannot be done at the address asked for."""
+    host, port = arguments.host, arguments.port
+    # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary files
+    room = int(arguments.max_megabytes * 2**20) + 2**20
+    limits = dict(max_request_body_size=room, inbuf_overflow=room, channel_timeout=60)
+    limits |= dict(connection_limit=40)  # so many uploads may be on their way, and in memory, together
+    limits |= dict(outbuf_overflow=2**24)  # no view is that large; full-size pictures pass it by, and `turn` bounds them
+    app = make_app(studio, arguments.max_megabytes)
+    print(f"open http://{host}:{port}/ in a browser; Ctrl-C ends", flush=True)
+    try:
+        serve(app, host=host, port=port, threads=8, ident=None, **limits)
+    except ValueError as error:  # waitress's word for a host that has no address; the numbers are checked before
+        raise ms.UserError(f"--host {host}: no such address; name one of this machine, such as 127.0.0.1") from error
+    except OSError as error:
+        option = f"--host {host}" if error.errno == errno.EADDRNOTAVAIL else f"--port {port}"
+        raise ms.UserError(f"{option}: cannot listen ({error.strerror}); choose another") from error
+
+
 def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitress.serve) -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
+    most = KEEP_BYTES / 2**20  # megabytes; the queue takes no more
     parser = ms.OneLineParser(description="A local page that enhances photographs.", allow_abbrev=False)
     parser.add_argument("--checkpoint", metavar="FILE", action="append", default=[], help="weights to offer; repeatable")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine alone")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-megabytes", type=float, default=40, help="largest upload")
-    parser.add_argument("--max-megapixels", type=float, default=50, help="largest picture")
+    parser.add_argument("--port", type=bounded(int, 1, 65535), default=8000)
+    parser.add_argument("--max-megabytes", type=bounded(float, 0.1, most), default=40, help=f"largest upload, 0.1 to {most:g}")
+    parser.add_argument("--max-megapixels", type=bounded(float, 0.1, 1000), default=50, help="largest picture, 0.1 to 1000")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="config key, as in model_script.py")
     try:
         arguments = parser.parse_args(argv)
         settings = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
         studio = Studio(find_checkpoints(arguments.checkpoint), settings, arguments.max_megapixels)
-        studio.load(next(iter(studio.models)))
-        app = make_app(studio, arguments.max_megabytes)
-        print(f"open http://{arguments.host}:{arguments.port}/ in a browser; Ctrl-C ends", flush=True)
-        # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary files
-        room = int(arguments.max_megabytes * 2**20) + 2**20
-        limits = dict(max_request_body_size=room, inbuf_overflow=room, outbuf_overflow=2**30, channel_timeout=60)
-        limits |= dict(connection_limit=40)  # so many uploads may be on their way, and in memory, together
         try:
-            serve(app, host=arguments.host, port=arguments.port, threads=8, ident=None, **limits)
+            studio.load(next(iter(studio.models)))
+            listen(studio, arguments, serve)
         finally:
             studio.close()
         return 0
     except ms.UserError as error:
         return ms.complain(error)
-    except OSError as error:
-        return ms.complain(ms.UserError(f"--port {arguments.port}: cannot listen ({error.strerror}); choose another"))
     except KeyboardInterrupt:
         return 130
 

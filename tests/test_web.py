@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import io
 import json
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +243,7 @@ def test_the_queue_shows_its_place_and_refuses_when_full(slow: tuple[Any, Slow, 
     jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(web_app.LONGEST_QUEUE)]
     full = upload(client, encoded(LOW))
     assert full.status_code == 503 and "try again" in full.get_json()["error"]
+    assert int(full.headers["Retry-After"]) > 0
     assert client.get(f"/jobs/{jobs[5]}").get_json()["before"] == 5
     work.gate.release()
     ends = time.monotonic() + 10
@@ -272,6 +278,50 @@ def test_waiting_uploads_are_bounded_by_their_bytes(
     assert len(studio.jobs) == 2
 
 
+def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> None:
+    client, work, studio = slow
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(5)]
+    ends = time.monotonic() + 10
+    while studio.jobs[jobs[0]].state != "working":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    closing = threading.Thread(target=studio.close, daemon=True)
+    closing.start()
+    time.sleep(0.2)
+    assert closing.is_alive()  # what the worker has begun is finished
+    work.gate.release()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert [studio.jobs[name].state for name in jobs] == ["done", *["waiting"] * 4]
+
+
+def test_whole_pictures_leave_threads_for_everything_else(
+    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are made, so many wait for them and no more; views and everything else are answered."""
+    client, work, _ = slow
+    work.gate.release()
+    job, _ = wait(client, upload(client, encoded(LOW)))
+    gate, encode = threading.Event(), ms.encode_picture
+    monkeypatch.setattr(ms, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b"")
+
+    def whole() -> Any:
+        return client.application.test_client().get(f"/jobs/{job}/enhanced?full=1")
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(whole) for _ in range(6)]
+        refused = [one.result() for one in islice(as_completed(asked, timeout=20), 6 - web_app.WHOLE_TOGETHER)]
+        meanwhile = [client.get(f"/jobs/{job}{path}").status_code for path in ("", "/enhanced", "/low")]
+        gate.set()
+        statuses = sorted(one.result().status_code for one in asked)
+    for answer in refused:
+        assert answer.status_code == 503 and "try again" in answer.get_json()["error"]
+        assert int(answer.headers["Retry-After"]) > 0
+    assert meanwhile == [200] * 3
+    assert statuses == [200] * web_app.WHOLE_TOGETHER + [503] * len(refused)
+    assert whole().status_code == 200  # every place was given back
+
+
 def test_a_crash_of_a_library_is_an_answer(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
     client, _, studio = slow
 
@@ -293,7 +343,9 @@ def test_mistakes_on_the_command_line(
     for arguments, words in (
         (["--checkpoint", str(tmp_path / "none.pth")], "none.pth"),
         (["--checkpoint", good, "--set", "tempreature=1"], "temperature"),
-        (["--checkpoint", good, "--port", "many"], "--port"),
+        *((["--port", port], "--port") for port in ("many", "80.5", "0", "65536", "99999")),
+        *((["--max-megabytes", size], "--max-megabytes") for size in ("nan", "inf", "0", "-1", "1e9", "much")),
+        *((["--max-megapixels", size], "--max-megapixels") for size in ("nan", "inf", "0", "-1", "1e9", "much")),
         (["--checkpoint", good, "--set", "flow_channels=16"], "flow_channels"),
     ):
         assert_one_line_error(web_app.main(arguments), capsys.readouterr().err, words)
@@ -318,13 +370,12 @@ def test_it_listens_to_this_machine_alone_by_default(tmp_path: Path, monkeypatch
     seen: dict[str, Any] = {}
     assert web_app.main([], serve=lambda app, **options: seen.update(options, app=app)) == 0
     assert seen["host"] == "127.0.0.1" and seen["inbuf_overflow"] >= 40 * 2**20
+    assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30  # what slow readers of small answers can hold
     page = seen["app"].test_client().get("/").get_data(as_text=True)
     assert page.index("checkpoints/best_model.pth") < page.index("checkpoints/old/a.pth") and "broken.pth" not in page
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -333,40 +384,96 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert_one_line_error(status, capsys.readouterr().err, "--port", port)
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "two..dots", "192.0.2.1"])  # unknown, malformed, not this machine's
+def test_a_wrong_host_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    known = socket.getaddrinfo
+
+    def look_up(name: str, *given: Any, **options: Any) -> Any:  # a name server may take long to say no
+        if name.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(name, *given, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    status = web_app.main(["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--host", host])
+    assert_one_line_error(status, capsys.readouterr().err, f"--host {host}")
+
+
 # the real server -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(studio: web_app.Studio) -> Iterator[int]:
+    """The port at which waitress serves the page, with as many threads as the command line gives it."""
+    server = web_app.waitress.create_server(web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8)
+    threading.Thread(target=server.run, daemon=True).start()
+    try:
+        yield int(server.effective_port)
+    finally:
+        server.close()
+
+
+def ask(port: int, path: str) -> tuple[int, bytes]:
+    """(status, body) of a GET."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def ask_patiently(port: int, path: str) -> bytes:
+    """The body for one who comes back while the page is busy."""
+    ends = time.monotonic() + 60
+    while (answer := ask(port, path))[0] == 503 and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert answer[0] == 200, answer
+    return answer[1]
 
 
 def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None:
     """Through waitress, as the command line serves it."""
     import urllib.request
-    from concurrent.futures import ThreadPoolExecutor
 
-    import waitress
-
-    server = waitress.create_server(web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    base = f"http://127.0.0.1:{server.effective_port}"
     head = b'--line\r\nContent-Disposition: form-data; name="picture"; filename="p.png"\r\n\r\n'
     body = head + encoded(LOW) + b"\r\n--line--\r\n"
 
     def one(_: int) -> bytes:
         kind = {"Content-Type": "multipart/form-data; boundary=line"}
-        with urllib.request.urlopen(urllib.request.Request(f"{base}/jobs", body, kind), timeout=60) as answer:
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/jobs", body, kind), timeout=60) as answer:
             job = json.load(answer)["job"]
         ends = time.monotonic() + 60
-        while time.monotonic() < ends:
-            with urllib.request.urlopen(f"{base}/jobs/{job}", timeout=60) as answer:
-                if json.load(answer)["state"] == "done":
-                    break
+        while time.monotonic() < ends and json.loads(ask(port, f"/jobs/{job}")[1])["state"] != "done":
             time.sleep(0.05)
-        with urllib.request.urlopen(f"{base}/jobs/{job}/enhanced?full=1", timeout=60) as answer:
-            return answer.read()
+        return ask_patiently(port, f"/jobs/{job}/enhanced?full=1")
 
-    with ThreadPoolExecutor(20) as pool:
+    with served(studio) as port, ThreadPoolExecutor(20) as pool:
         found = list(pool.map(one, range(20)))
-    server.close()
     assert len(found) == 20 and len(set(found)) == 1
+
+
+def test_slow_readers_hold_a_bounded_share(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pictures that are on their way count until they are fetched or the line breaks."""
+    noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)  # more than the system's buffers take
+    studio, path = slow[2], "/jobs/noise/enhanced?full=1"
+    result = {"picture": ms.Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
+    studio.jobs["noise"] = web_app.Job(b"", "", 0, False, state="done", **result)
+    monkeypatch.setattr(web_app, "KEEP_BYTES", 10**7)
+    with served(studio) as port:
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            line.settimeout(60)
+            line.connect(("127.0.0.1", port))
+            line.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert line.recv(12).startswith(b"HTTP/1.1 200")
+            assert ask(port, path)[0] == 503
+            assert ask(port, "/jobs/noise")[0] == 200
+        body = ask_patiently(port, path)
+        assert (ms.read_picture(io.BytesIO(body)).pixels == noise).all()
+        assert ask_patiently(port, path) == body
 
 
 def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
