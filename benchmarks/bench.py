@@ -1,16 +1,18 @@
 """Every speed in one run: `make bench`, or
 
-    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE]
+    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE] [--results FOLDER]
 
 training     images a second of the published recipe (128x128), of the release recipe and of each baseline's recipe, and of
              the stand-in with the published layer sizes (train_speed.py) on pictures of equal size; by turns, medians;
              the release recipe also under torch.compile, and in torch's own memory layout in place of channels_last
 enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with random weights
-sizes        seconds and peak memory of a whole process, 0.1 to 24 megapixels
+sizes        seconds that --mode enhance prints (start-up left out) and peak memory of its process, 0.1 to 24 megapixels
 scaling      training images a second of torchrun with 1 and 2 processes of one thread each, same total batch
-roofline     counted floating point operations a second, as a share of what large matrix products reach here
+roofline     counted floating point operations a second of the release recipe, as a share of what large matrix products reach
+             here; by turns with the training
 
-Writes results/bench_*/: bench.csv, bench.md, bench.png. On a machine with a GPU the in-process parts run on it.
+Writes results/bench_*/: bench.csv, after every part, then bench.md and bench.png. On a machine with a GPU training,
+enhancement and roofline run on it; CUDA_VISIBLE_DEVICES= keeps them on the processor.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +34,17 @@ import numpy as np
 from enhance_speed import MEGAPIXELS, write_picture
 from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
 
+sys.path.insert(0, str(ROOT))
+
 RELEASE = "release_train_config.json"
+RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
 COMPILED, PLAIN = "torch.compile", "contiguous layout"
+SMALL = 128  # side of the published protocol's pictures
 Row = dict[str, Any]
+
+# CUDA is hidden: scaling is about the processor's cores. "1,1" (one thread, and one at a nested level) is 1 to OpenMP; the
+# script takes a plain 1 under several processes for torchrun's default, and widens it where there are cores to spare
+ONE_THREAD = {"OMP_NUM_THREADS": "1,1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def row(part: str, name: str, value: float, unit: str, note: str = "") -> Row:
@@ -70,11 +80,9 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
         settings |= dict(val_freq=10_000, save_freq=10_000)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", SCRIPT]
         train = ["--mode", "train", "--config", str(ROOT / RELEASE), *(f"--set={k}={v}" for k, v in settings.items())]
-        # CUDA is hidden: this is about the processor's cores
-        threads = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([*launch, *train], env=threads, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
+        done = subprocess.run([*launch, *train], env=os.environ | ONE_THREAD, capture_output=True, text=True)
+        if done.returncode or "(1 threads)" not in done.stdout:
+            sys.exit(f"scaling: {launch[-2]} did not train with one thread each\n{done.stdout}{done.stderr}")
         (newest,) = weights.glob("checkpoint_epoch_*.pth")
         training = torch.load(newest, weights_only=True)["training"]
         speed = training["step"] * 4 / (60 * training["minutes"])
@@ -82,6 +90,7 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
     return [*rows, row("scaling", "efficiency", rows[1]["value"] / rows[0]["value"] / 2, "of 1")]
 
 
+@functools.cache
 def compiles() -> bool:
     """Whether torch.compile has the C++ compiler that it needs; says so when not."""
     found = bool(shutil.which("g++") or shutil.which("clang++"))
@@ -90,103 +99,152 @@ def compiles() -> bool:
     return found
 
 
-def by_turns(works: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
-    """Median seconds of one call of each, measured alternately; the first round warms up."""
+def waiter(device: str) -> Callable[[], object]:
+    """What returns when the device has done all that it was given; a GPU's work is only launched when a call returns."""
+    import torch
+
+    waits: dict[str, Callable[[], object]] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    return waits.get(device, lambda: None)
+
+
+def by_turns(
+    works: dict[str, Callable[[], object]], rounds: int, seconds: float, wait: Callable[[], object]
+) -> dict[str, float]:
+    """Median seconds of one call of each and the `wait` after it, measured alternately; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
             started, calls = time.perf_counter(), 0
             while calls == 0 or (turn and time.perf_counter() - started < seconds):
                 work()
+                wait()
                 calls += 1
             if turn:
                 found[name].append((time.perf_counter() - started) / calls)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def in_process(checkpoint: str, folder: Path, rounds: int, seconds: float) -> list[Row]:
-    """Training, enhancement and roofline, all on the device that the recipes choose."""
-    sys.path.insert(0, str(ROOT))
+def make_trainers(device: str, folder: Path) -> dict[str, Any]:
+    """A Trainer by label: each system's own recipe on small pictures, and the variants of the release recipe."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from train_speed import StandIn, first_batch, stand_in_step, trainer_on_noise
+    from train_speed import trainer_on_noise
 
-    import model_script as ms
     from baselines import SYSTEMS
 
-    def matrix_product(dtype: torch.dtype, side: int = 2048) -> Callable[[], object]:
-        a, b = (torch.randn(side, side, device=runtime.device).to(dtype) for _ in range(2))
-        return lambda: (a @ b)[0, 0].item()  # item waits for the device
-
-    recipes = {name: spec[3] for name, spec in SYSTEMS.items()}
-    trainers = {f"{name}, {Path(path).stem}": (name, path, 128) for name, path in recipes.items()}
-    release = "ConditionalFlow, release_train_config"
-    variants = [release, f"{release}, {PLAIN}"] + ([f"{release}, {COMPILED}"] if compiles() else [])
-    trainers |= {label: ("ConditionalFlow", RELEASE, 0) for label in variants}
-    works: dict[str, Callable[[], object]] = {}
-    images, side_of, made = {}, {}, {}
-    stand_in = StandIn()
-    adam = torch.optim.Adam(stand_in.parameters(), 1e-4)
-    for label, (system, recipe, side) in trainers.items():
-        size = (side, side) if side else (HEIGHT, WIDTH)
-        changes = {"image_size": list(size)} if side else {}
-        trainer = made[label] = trainer_on_noise(recipe, size, folder / label.replace("/", "_"), system, **changes)
+    small = {"image_size": [SMALL, SMALL]}
+    wanted: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {
+        f"{system}, {Path(recipe).stem}": (system, recipe, (SMALL, SMALL), small) for system, (*_, recipe) in SYSTEMS.items()
+    }
+    variants = [RELEASED, f"{RELEASED}, {PLAIN}"] + ([f"{RELEASED}, {COMPILED}"] if compiles() else [])
+    wanted |= {label: ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {}) for label in variants}
+    made: dict[str, Any] = {}
+    for place, (label, (system, recipe, size, changes)) in enumerate(wanted.items()):
+        trainer = made[label] = trainer_on_noise(recipe, size, folder / str(place), system, device=device, **changes)
         trainer.model.train()
         if label.endswith(PLAIN):
             trainer.model.to(memory_format=torch.contiguous_format)
         if label.endswith(COMPILED):
             trainer.parallel = cast(torch.nn.Module, torch.compile(trainer.parallel))
-        runtime, batch = trainer.runtime, first_batch(trainer)
-        works[label] = functools.partial(trainer._train_step, [(batch, 1.0)])
-        images[label], side_of[label] = len(batch.low), batch.low.shape[-1]
-    stand_in = stand_in.to(runtime.device)
-    for side in sorted(set(side_of.values())):
-        label = f"stand-in, {side}x{side}"
-        low = torch.rand(1, 3, side, side, device=runtime.device)
-        works[label] = functools.partial(stand_in_step, stand_in, adam, low, low)
-        images[label] = 1
-    found = by_turns(works, rounds, seconds)
+    return made
+
+
+def training(trainers: dict[str, Any], device: str, rounds: int, seconds: float) -> list[Row]:
+    """Images a second of every trainer and of the stand-in, and the roofline: all by turns, so that noise falls on all."""
+    import torch
+    from train_speed import StandIn, first_batch, stand_in_step
+
+    batches = {label: first_batch(trainer) for label, trainer in trainers.items()}
+    works: dict[str, Callable[[], object]] = {
+        label: functools.partial(trainer._train_step, [(batches[label], 1.0)]) for label, trainer in trainers.items()
+    }
+    stand_in = StandIn().to(device)
+    adam = torch.optim.Adam(stand_in.parameters(), 1e-4)
+    for side in sorted({batch.low.shape[-1] for batch in batches.values()}):
+        low = torch.rand(1, 3, side, side, device=device)
+        works[f"stand-in, {side}x{side}"] = functools.partial(stand_in_step, stand_in, adam, low, low)
+    products = matrix_products(device, trainers[RELEASED].runtime.dtype)
+    found = by_turns(works | {name: product for name, (product, _) in products.items()}, rounds, seconds, waiter(device))
     rows = []
-    for label, each in found.items():
-        side = side_of.get(label, 0)
-        theirs = images[label] / each * found.get(f"stand-in, {side}x{side}", float("nan"))
-        note = f"{theirs:.1f} times the stand-in at {side}x{side}, {runtime if side else ''}" if side else "fp32, batch 1"
-        rows.append(row("training", label, images[label] / each, "images/s", note))
+    for label in works:
+        if label not in batches:
+            rows.append(row("training", label, 1 / found[label], "images/s", "fp32, batch 1"))
+            continue
+        count, side = len(batches[label].low), batches[label].low.shape[-1]
+        times = count / found[label] * found[f"stand-in, {side}x{side}"]
+        note = f"{times:.1f} times the stand-in at {side}x{side}, {trainers[label].runtime}"
+        rows.append(row("training", label, count / found[label], "images/s", note))
+    rates = {name: work / found[name] for name, (_, work) in products.items()}
+    return rows + roofline(works[RELEASED], found[RELEASED], rates)
+
+
+def matrix_products(device: str, used: Any) -> dict[str, tuple[Callable[[], object], float]]:
+    """By name, that of the precision `used` first: a product of two large matrices, and its GFLOP."""
+    import torch
+
+    side = 2048 if device == "cpu" else 8192  # as large as it takes to keep all units at work
+    products: dict[str, tuple[Callable[[], object], float]] = {}
+    for dtype in dict.fromkeys((used, torch.bfloat16, torch.float32)):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        name = f"{str(dtype).removeprefix('torch.')} {side}x{side} matrix product"
+        products[name] = functools.partial(torch.matmul, a, b), 2 * side**3 / 1e9
+    return products
+
+
+def roofline(step: Callable[[], object], seconds: float, rates: dict[str, float]) -> list[Row]:
+    """How near a training step that takes `seconds` comes to the first of the `rates`, in GFLOP a second."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    work = counter.get_total_flops() / 1e9
+    peak = next(iter(rates))
+    rows = [row("roofline", name, rate, "GFLOP/s") for name, rate in rates.items()]
+    rows.append(row("roofline", "release training step", work / seconds, "GFLOP/s", f"{work:.0f} GFLOP a step"))
+    return [*rows, row("roofline", "utilisation", work / seconds / rates[peak], "of 1", f"of the {peak}")]
+
+
+def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: int) -> list[Row]:
+    """Seconds of one picture in memory, by every system."""
+    import torch
+    from train_speed import StandIn
+
+    import model_script as ms
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    low = ms.to_tensor(pixels)[None].to(runtime.device)
-    model, config, runtime, _ = ms.load_model(checkpoint, {}, ms.ConditionalFlow, ms.Config)
+    low = ms.to_tensor(pixels)[None].to(device)
+    model, config, runtime, _ = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config)
 
-    def passes(work: Callable[[], torch.Tensor]) -> Callable[[], object]:
+    def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:
             with torch.no_grad(), runtime.autocast():
-                work()[0, 0, 0, 0].item()
+                enhance(low)
 
         return one
 
-    turns: dict[str, Callable[[], object]] = {
+    works: dict[str, Callable[[], object]] = {
         "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, config, runtime),
-        "stand-in": passes(functools.partial(stand_in.enhance, low)),
+        "stand-in": passes(StandIn().to(device).enhance),
     }
     if compiles():
-        turns |= {f"ConditionalFlow, {COMPILED}": passes(functools.partial(torch.compile(model.enhance), low))}
-    for label, trainer in made.items():
+        works[f"ConditionalFlow, {COMPILED}"] = passes(torch.compile(model.enhance))
+    for label, trainer in trainers.items():
         if not label.startswith("ConditionalFlow"):
-            other = trainer.averaged.eval()
-            turns[label.split(",")[0]] = passes(functools.partial(other.enhance, low))
-    for label, each in by_turns(turns, rounds, 0).items():
-        rows.append(row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}"))
+            works[label.split(",")[0]] = passes(trainer.averaged.eval().enhance)
+    found = by_turns(works, rounds, 0, waiter(device))
+    return [row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}") for label, each in found.items()]
 
-    peak = by_turns({"bf16": matrix_product(torch.bfloat16), "fp32": matrix_product(torch.float32)}, rounds, seconds)
-    rates = {name: 2 * 2048**3 / each / 1e9 for name, each in peak.items()}
-    with FlopCounterMode(display=False) as counter:
-        works[release]()
-    work = counter.get_total_flops() / 1e9
-    rows += [row("roofline", f"{name} matrix product", rate, "GFLOP/s", "2048x2048") for name, rate in rates.items()]
-    rows.append(row("roofline", "release training step", work / found[release], "GFLOP/s", f"{work:.0f} GFLOP a step"))
-    used = "bf16" if runtime.dtype == torch.bfloat16 else "fp32"
-    rows.append(row("roofline", "utilisation", work / found[release] / rates[used], "of 1", f"of the {used} matrix product"))
-    return rows
+
+def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
+    """The rows of each part, as it is done."""
+    yield sizes(arguments.checkpoint, arguments.largest, folder)
+    yield scaling(folder, arguments.seconds)
+
+    import model_script as ms
+
+    device = ms.choose_runtime(ms.Config()).device.type
+    trainers = make_trainers(device, folder)
+    yield training(trainers, device, arguments.rounds, arguments.seconds)
+    yield enhancement(trainers, arguments.checkpoint, device, arguments.rounds)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -205,7 +263,7 @@ def plot(rows: list[Row], path: Path) -> None:
         points = [(float(r["name"]), r["value"]) for r in rows if r["part"] == "sizes" and r["unit"] == unit]
         axis.plot(*zip(*points, strict=True), "o-", color=colour)
         axis.set_ylabel("seconds" if unit == "s" else "peak MiB", color=colour)
-    curves.set(xlabel="megapixels, enhance, process included", xscale="log", yscale="log")
+    curves.set(xlabel="megapixels; seconds without start-up, memory of the whole process", xscale="log", yscale="log")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -217,18 +275,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of one turn")
     parser.add_argument("--largest", type=float, default=24, help="megapixels")
+    parser.add_argument("--results", default=str(ROOT / "results"), help="where the folder bench_* goes")
     arguments = parser.parse_args()
+    rows: list[Row] = []
+    target: Path | None = None
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # processes first, before torch is here: a child counts its parent's memory at birth
-        rows = sizes(arguments.checkpoint, arguments.largest, folder)
-        rows += scaling(folder, arguments.seconds)
-        rows += in_process(arguments.checkpoint, folder, arguments.rounds, arguments.seconds)
+        for part in measured(arguments, Path(name)):
+            import model_script as ms  # with torch, whose memory the processes of the first part must not be born with
 
-    import model_script as ms
-
-    target = ms.results_folder(str(ROOT / "results"), "bench")
-    ms.write_csv(target / "bench.csv", rows)
+            target = target or ms.results_folder(arguments.results, "bench")
+            rows += part
+            ms.write_csv(target / "bench.csv", rows)  # what is known is kept, whatever comes of the next part
+    assert target
     lines = ["| part | what | value | unit | note |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(str(value) for value in r.values()) + " |" for r in rows]
     ms.write_bytes(target / "bench.md", ("\n".join(lines) + "\n").encode())

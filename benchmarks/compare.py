@@ -8,13 +8,15 @@ trained for --minutes by its own CPU recipe. Every one is scored on the evaluati
 unless --set eval_size says otherwise; --set reaches every system's config (data folders, device, ...).
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene, the trained weights.
-Seconds and peak memory are those of a whole `--mode enhance` process on one 600x400 picture.
+Seconds are what `--mode enhance` reports for one 600x400 picture, reading and writing included, the median of three
+processes; MiB is the largest of their peak memories.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ class Floor(ms.System):
         self.name = name
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        image = low[0].permute(1, 2, 0).double().numpy()
+        image = low[0].permute(1, 2, 0).double().cpu().numpy()
         if self.name == "gamma 0.4":
             image = skimage.exposure.adjust_gamma(image, 0.4)
         else:  # each channel by itself: that takes the infrared tint away, too
@@ -52,17 +54,25 @@ class Floor(ms.System):
         return torch.from_numpy(image).permute(2, 0, 1)[None].float()
 
 
-def train(system: str, minutes: float, folder: Path, overrides: dict[str, Any]) -> tuple[Path, float]:
-    """(best weights, training images a second) of a run of `minutes` by the system's own recipe."""
+def train(system: str, minutes: float, folder: Path, overrides: dict[str, Any]) -> Path:
+    """The best weights of a run of `minutes` by the system's own recipe."""
     model_class, config_class = classes(system)
     settings = ms.read_config_file(str(ROOT / SYSTEMS[system][3])) | overrides
     settings |= dict(max_minutes=minutes, num_epochs=100_000, checkpoint_dir=str(folder), log_dir=str(folder / "logs"))
-    trainer = ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class)
-    trainer.fit()
-    return folder / "best_model.pth", trainer.step * trainer.config.batch_size / (60 * trainer.minutes)
+    ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class).fit()
+    return folder / "best_model.pth"
 
 
-def enhance_cost(system: str, weights: Path) -> tuple[float, float]:
+def training_speed(weights: Path, batch_size: int) -> float:
+    """Training images a second, as the newest checkpoint beside the weights tells; nan where none is."""
+    checkpoints = sorted(weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        return float("nan")
+    training = torch.load(checkpoints[-1], weights_only=True)["training"]
+    return training["step"] * batch_size / (60 * training["minutes"])
+
+
+def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]:
     """(seconds, peak MiB) of enhancing one 600x400 picture in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         low = Path(name) / "low.png"
@@ -70,7 +80,8 @@ def enhance_cost(system: str, weights: Path) -> tuple[float, float]:
         code = "import resource, sys; from {0} import *; import model_script as ms; "
         code += "status = ms.main(sys.argv[1:], {1}, {2}); print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); "
         code += "sys.exit(status)"
-        arguments = ["--mode", "enhance", "--checkpoint", str(weights), "--input", str(low), "--output", f"{name}/out.png"]
+        arguments = ["--mode", "enhance", "--checkpoint", str(weights.resolve()), "--input", str(low)]
+        arguments += ["--output", f"{name}/out.png", "--set", f"device={device}"]
         command = ["-c", code.format(*SYSTEMS[system][:3]), *arguments]
         # exec from a shell: a child counts at birth the memory of the process that forked it, which holds torch here
         done = subprocess.run(
@@ -120,19 +131,21 @@ def main() -> None:
     shown: dict[str, dict[str, Tensor]] = {}
     twins: list[bool | None] = [None] * len(store)
     for system in arguments.only or SYSTEMS:
-        speed = float("nan")
         if system not in weights:
-            weights[system], speed = train(system, arguments.minutes, folder / "weights" / system, overrides)
+            weights[system] = train(system, arguments.minutes, folder / "weights" / system, overrides)
         model, config, runtime, checkpoint = ms.load_model(
             str(weights[system]), {"eval_size": base.eval_size, "device": base.device}, *classes(system)
         )
         twins = ms.training_twins(store, checkpoint)
         means, low, shown[system], high = score(model, config, runtime, store, twins)
-        seconds, memory = enhance_cost(system, weights[system])
+        costs = [enhance_cost(system, weights[system], base.device) for _ in range(3)]
+        seconds, memory = statistics.median(cost[0] for cost in costs), max(cost[1] for cost in costs)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         rows.append({"system": system, **{k: round(v, 4) for k, v in means.items()}, "parameters_M": round(size, 2)})
+        speed = training_speed(weights[system], config.batch_size)
         rows[-1] |= {"train_images_per_s": round(speed, 2), "seconds_600x400": seconds, "MiB_600x400": round(memory)}
         print(rows[-1], flush=True)
+        ms.write_csv(folder / "comparison.csv", rows)
     for name in ("gamma 0.4", "histogram equalisation"):
         means, low, shown[name], high = score(Floor(name, base), base, ms.choose_runtime(base), store, twins)
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})

@@ -1,11 +1,11 @@
 """Two findings of a student project on RetinexNet, put to the test: white images from joint training, noise in plain zones.
 
-    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE ...] [--set KEY=VALUE ...]
+    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] [--only VARIANT ...] [--set KEY=VALUE ...]
 
 Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation pairs:
 psnr, ssim         of the enhanced picture at 128x128
-relit, its white   mean of the new illumination and the share of it at or above 0.98: "white images" would be near 1
-white              share of the enhanced pixels whose three channels all exceed 0.9, over the target's share
+relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white images" would be near 1
+white              share of the enhanced pixels whose three channels all exceed 0.9; the target's share stands beside it
 plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the target, at the pictures'
                    own size, over the target's own
 Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced | target of every tenth
@@ -66,7 +66,7 @@ def findings(model: ms.System, low: torch.Tensor, high: torch.Tensor) -> tuple[d
         "relit white": float((maps["relit"] >= 0.98).float().mean()),
         "white": white_share(ours),
         "target white": white_share(target),
-        "plain noise": float(detail(ours)[zones].std() / detail(target)[zones].std()),
+        "plain noise": float(detail(ours)[zones].std() / max(detail(target)[zones].std(), 1e-3)),
     }, [low[0], maps["reflectance"][0], maps["relit"][0], enhanced[0], high[0]]
 
 
@@ -89,7 +89,7 @@ def main() -> None:
         plain = name.replace(", ", "_")
         if name not in weights:
             with torch.enable_grad():
-                weights[name], _ = train("RetinexNet", arguments.minutes, folder / plain, overrides | VARIANTS[name])
+                weights[name] = train("RetinexNet", arguments.minutes, folder / plain, overrides | VARIANTS[name])
         model, *_ = ms.load_model(str(weights[name]), {"device": "cpu"}, *classes("RetinexNet"))
         rows = []
         for index in range(len(store)):
@@ -102,7 +102,7 @@ def main() -> None:
         table.append({"variant": name} | {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]})
         print(table[-1], flush=True)
         ms.write_csv(folder / "findings.csv", table)
-    print(markdown(table) + f"{folder}: findings.csv, strips")
+    print(markdown(table) + f"{folder}: findings.csv, *.png")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class StandIn(nn.Module):
 
 def soft_histogram(image: Tensor) -> Tensor:
     """(B, 3, bins) of every pixel of (B, 3, H, W), d counted in bins."""
-    distance = (image.flatten(2)[..., None] - torch.linspace(0, 1, BINS)) * (BINS - 1)
+    distance = (image.flatten(2)[..., None] - torch.linspace(0, 1, BINS, device=image.device)) * (BINS - 1)
     weight = 1 / (1 + 0.1 * distance**2)
     return weight.sum(2) / weight.sum((2, 3))[..., None]
 

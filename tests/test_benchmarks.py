@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
+import itertools
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cli_tools import make_data
+import torch
+from cli_tools import assert_one_line_error, make_data
 from conftest import ROOT
+from PIL import Image
+
+import model_script as ms
 
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
@@ -47,6 +56,76 @@ def test_every_mutant_is_still_a_line_of_the_script() -> None:
         assert (ROOT / "tests" / f"{mutant.tests}.py").is_file()
 
 
+def test_a_mutant_under_which_the_tests_hang_is_killed(tmp_path: Path) -> None:
+    import mutants
+
+    (tmp_path / "tests").mkdir()
+    code = "import model_script\n\n\ndef test_work() -> None:\n    model_script.work()\n"
+    (tmp_path / "tests" / "test_loop.py").write_text(code)
+    bodies = {"pass": None, "raise ValueError": None, "import time; time.sleep(100)": 2.0}
+    verdicts = [
+        mutants.verdict(tmp_path, f"def work():\n    {body}\n", {"test_loop"}, patience) for body, patience in bodies.items()
+    ]
+    assert verdicts == [mutants.PASSED, mutants.FAILED, mutants.HUNG]
+
+
+def test_a_soak_ends_badly_where_memory_grows(capsys: pytest.CaptureFixture[str]) -> None:
+    soak = importlib.import_module("soak")
+    soak.judge([1000.0, 1001.0] * 20)
+    assert "+0.0 %" in capsys.readouterr().out
+    for samples in ([1000.0 + place for place in range(40)], [1000.0] * 19):
+        with pytest.raises(SystemExit, match=r"grew by 3\.59 %|too few"):
+            soak.judge(samples)
+
+
+def test_a_soak_refuses_a_folder_that_holds_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "best_model.pth").touch()
+    with pytest.raises(SystemExit) as ended:
+        run("soak", "--set", f"checkpoint_dir={tmp_path}")
+    assert_one_line_error(int(str(ended.value.code)), capsys.readouterr().err, str(tmp_path / "best_model.pth"))
+
+
+def test_by_turns_warms_up_and_waits_for_every_call() -> None:
+    told: list[str] = []
+    works = {name: functools.partial(told.append, name) for name in ("ours", "theirs")}
+    found = importlib.import_module("bench").by_turns(works, 2, 0, lambda: told.append("waited"))
+    assert told == ["ours", "waited", "theirs", "waited"] * 3 and found.keys() == works.keys()
+
+
+def test_the_stand_in_trains_where_its_pictures_are() -> None:
+    low = torch.rand(1, 3, 16, 16, device="meta")
+    assert importlib.import_module("train_speed").StandIn().to("meta").loss(low, low).is_meta
+
+
+def test_a_bench_that_breaks_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("bench")
+
+    def breaks(*_: object) -> Iterator[list[dict[str, object]]]:
+        yield [bench.row("sizes", "0.1", 2.0, "s")]
+        raise RuntimeError("in the next part")
+
+    monkeypatch.setattr(bench, "measured", breaks)
+    with pytest.raises(RuntimeError, match="in the next part"):
+        run("bench", "--results", tmp_path)
+    (table,) = tmp_path.glob("bench_*/bench.csv")
+    assert "sizes,0.1,2.0,s" in table.read_text()
+
+
+@pytest.mark.slow
+def test_bench_measures_every_part(tmp_path: Path) -> None:
+    run("bench", "--rounds", "1", "--seconds", "0.01", "--largest", "0.1", "--results", tmp_path)
+    (results,) = tmp_path.glob("bench_*")
+    with open(results / "bench.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    parts = [part for part, _ in itertools.groupby(row["part"] for row in rows)]
+    assert parts == ["sizes", "scaling", "training", "roofline", "enhancement"]
+    assert all(float(row["value"]) > 0 for row in rows)
+    for part in ("training", "enhancement"):
+        names = {row["name"].split(",")[0] for row in rows if row["part"] == part}
+        assert names >= {"ConditionalFlow", "RetinexNet", "UPTFlow", "AnlightenDiff", "stand-in"}
+    assert (results / "bench.md").read_text().count("\n| ") == len(rows)
+
+
 def folders(data: Path) -> list[str]:
     """--set arguments that name tiny training and evaluation pairs, and write below `data`."""
     pairs = [
@@ -72,6 +151,39 @@ def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys:
     assert len(list((results / "strips").iterdir())) == 2
     table = (results / "comparison.md").read_text()
     assert table.count("\n| ") == 6 and table in capsys.readouterr().out
+
+    weights = next((results / "weights" / "ConditionalFlow").glob("best_model.pth"))
+    evaluate = ["--mode", "evaluate", "--checkpoint", str(weights), *folders(tmp_path), "--set", "eval_size=64,64"]
+    assert ms.main(evaluate) == 0
+    (summary,) = (tmp_path / "results").glob("eval_*/summary.json")
+    scores = json.loads(summary.read_text())["metrics"]
+    for metric in ("psnr", "ssim", "ciede2000"):
+        assert float(rows["ConditionalFlow"][metric]) == pytest.approx(scores[metric]["mean"], abs=1e-3)
+    expected = []
+    for path in sorted((tmp_path / "data" / "eval" / "low").iterdir()):
+        low, high = (ms.to_tensor(np.asarray(Image.open(p)))[None] for p in (path, path.parent.parent / "high" / path.name))
+        low, high = (ms.resize(image, [64, 64], quantise=True).double() for image in (low, high))
+        expected.append(float(-10 * ((low**0.4 - high) ** 2).mean().log10()))
+    assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)  # the evaluator's is of 8 bits
+
+
+def test_findings_on_hand_made_pictures() -> None:
+    findings = importlib.import_module("retinexnet_findings")
+    image = np.zeros((40, 50, 3))
+    image[:10, :, :] = 0.95
+    image[:10, :25, 2] = 0.5  # yellow is not white
+    assert findings.white_share(image) == pytest.approx(0.25 * 0.5)
+    rng = np.random.default_rng(0)
+    target = np.repeat(rng.random((40, 50, 1)), 3, axis=2)
+    target[:20] = 0.5  # the plain half
+    zones = findings.plain_zones(target)
+    assert zones[:4].all() and not zones[12:].any() and zones.mean() == pytest.approx(0.2, abs=0.02)
+    assert np.abs(findings.detail(np.full((9, 9, 3), 0.3))).max() < 1e-12
+    noise = rng.normal(0, 0.1, (200, 200, 3))
+    left = 1 - 2 / (2 * np.pi * 4) + 1 / (4 * np.pi * 4)  # of white noise's variance: 1 - 2 g(0) + sum of g^2
+    assert findings.detail(noise).std() == pytest.approx(0.1 * left**0.5, rel=0.02)
+    ramp = np.linspace(0, 1, 200)[None, :, None].repeat(9, 0).repeat(3, 2)
+    assert np.abs(findings.detail(ramp)[:, 20:-20]).max() < 1e-9
 
 
 @pytest.mark.slow
