@@ -26,7 +26,7 @@ def classes(system: str) -> tuple[type[Any], type[Any]]:
 def equalise(low: Tensor) -> Tensor:
     """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1]; a constant becomes 0."""
     levels = (low.float() * 255).round().long().flatten(2)
-    counts = torch.zeros(*levels.shape[:2], 256, device=low.device).scatter_add(2, levels, torch.ones_like(levels).float())
-    below = counts.cumsum(2).gather(2, levels)  # pixels that are no brighter, whole numbers: any order gives the same sum
+    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add(2, levels, torch.ones_like(levels))
+    below = counts.cumsum(2).gather(2, levels)  # pixels that are no brighter
     lowest = below.amin(2, keepdim=True)
     return ((below - lowest) / (levels.shape[2] - lowest).clamp(min=1)).reshape(low.shape).to(low.dtype)

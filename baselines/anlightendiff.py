@@ -13,8 +13,17 @@ Words used throughout, besides the script's low and high
 
 All of the paper's formulas say one thing: y = x - (2 centre - 1) undergoes the ordinary diffusion of Ho et al.
 
+Where its description is silent or this file differs
+    the centre has a loss of its own, |centre - high|, and the denoiser does not train it;
+    filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation;
+    the best weights are those of the best validation PSNR, as for every system here, not of the paper's mixed score;
+    batch, crops and rates are the script's; Lion and LPIPS are optional packages, AdamW and SSIM the defaults;
+    the published sampler adds the noise of the config's seed at temperature 0, and `start_step` can shorten it (`enhance`);
+    batches that are accumulated, or divided over processes, draw the same steps and noise for each of their parts.
+
 References
     Ho et al., Denoising Diffusion Probabilistic Models (DDPM), NeurIPS 2020: posterior, noise loss
+    Meng et al., SDEdit, ICLR 2022: sampling from a guess with noise, some way back
     Nichol & Dhariwal, Improved DDPM, ICML 2021: cosine schedule
     Li et al., SRDiff, Neurocomputing 2022: diffusion of a residual picture under an encoder's features
     Wang et al., LLFlow, AAAI 2022: equalised input, colour map and gradient map
@@ -40,7 +49,7 @@ from baselines import equalise
 
 @dataclass
 class AnlightenConfig(ms.Config):
-    """The script's settings and those of this system; the defaults are the published size."""
+    """The script's settings and those of this system; the networks' and the diffusion's defaults are the published ones."""
 
     unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
     width: int = ms.knob(64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True)
@@ -48,7 +57,10 @@ class AnlightenConfig(ms.Config):
         [1, 2, 2, 4, 4, 8], "width of each level over `width`, full resolution first", low=1, high=64, architecture=True
     )
     timesteps: int = ms.knob(100, "steps T of the diffusion", low=2, high=10_000, architecture=True)
-    sampling_steps: int = ms.knob(0, "reverse steps, evenly spaced among the timesteps; 0: all of them", low=0, high=10_000)
+    start_step: int = ms.knob(
+        0, "timesteps to go back through, from the centre under their noise; 0: all, from 2 centre - 1", low=0, high=10_000
+    )
+    sampling_steps: int = ms.knob(0, "reverse steps, evenly spaced among those; 0: all of them", low=0, high=10_000)
     sampling_bar: bool = ms.knob(False, "progress bar of the sampling also where standard error is no terminal")
     noise_weight: float = ms.knob(1.0, "weight of the squared error of the predicted noise", low=0.0, high=1e6)
     dfpl_weight: float = ms.knob(1.0, "weight of the diffusion feature perceptual loss", low=0.0, high=1e6)
@@ -278,8 +290,9 @@ class AnlightenDiff(ms.System):
 
     def __init__(self, config: AnlightenConfig) -> None:
         super().__init__(config)
-        if config.sampling_steps > config.timesteps:
-            raise ms.UserError(f"sampling_steps must be at most timesteps ({config.timesteps}), got {config.sampling_steps}")
+        for key, above in (("start_step", "timesteps"), ("sampling_steps", "start_step" if config.start_step else "timesteps")):
+            if (value := getattr(config, key)) > (most := getattr(config, above)):
+                raise ms.UserError(f"{key} must be at most {above} ({most}), got {value}")
         self.predictor = UNet(12, config, timed=False)
         self.denoiser = UNet(6, config, timed=True)
         self.register_buffer("alpha_bars", cosine_alpha_bars(config.timesteps).float(), persistent=False)
@@ -348,13 +361,23 @@ class AnlightenDiff(ms.System):
         `temperature` 0 gives one picture: the paper's process under the noise of the config's seed. Without any noise the
         denoiser sees what it was never trained on; that cost about 1 dB and 0.1 of SSIM in a small trial. Above 0 the
         noise follows the global random state, `temperature` times the posterior's deviation; 1 is the paper's.
+
+        `start_step` is ours. The paper's start tells nothing of the noise, and while abar_t is small `undiffuse` multiplies
+        whatever the guess misses by sqrt((1 - abar_t) / abar_t): the first residuals are saturated, and their colours stay.
+        A start from the centre's own residual, under the noise of a step where abar_t is large, leaves these steps out.
         """
         config, schedule = self.config, cosine_alpha_bars(self.config.timesteps).tolist()
+        generator, spread = self._generator(temperature), temperature or 1.0
+
+        def noise() -> Tensor:
+            return spread * torch.randn(low.shape, generator=generator).to(low.device)
+
         centre, features = self.predict_centre(low)
         centre = centre.clamp(0, 1)
         noisy = anchor = 2 * centre - 1
-        generator, spread = self._generator(temperature), temperature or 1.0
-        times = sampling_times(config.timesteps, config.sampling_steps)
+        times = sampling_times(config.start_step or config.timesteps, config.sampling_steps)
+        if config.start_step:
+            noisy = diffuse(to_residual(centre, low), noise(), centre, low.new_tensor(schedule[times[0]]))
         style = ms.progress_style()
         style["disable"] |= not (config.sampling_bar or sys.stderr.isatty())
         bar = tqdm(times, desc="sampling", unit="step", leave=False, **style)
@@ -362,8 +385,7 @@ class AnlightenDiff(ms.System):
             step = reverse_step(schedule[t], 1.0 if earlier is None else schedule[earlier])
             guess = self.predict_noise(noisy, low, torch.full((len(low),), t, device=low.device), features)
             residual = undiffuse(noisy, guess, centre, low.new_tensor(schedule[t])).clamp(-1, 1)
-            noise = torch.randn(low.shape, generator=generator).to(low.device)
-            noisy = step.residual * residual + step.noisy * noisy + step.centre * anchor + spread * step.deviation * noise
+            noisy = step.residual * residual + step.noisy * noisy + step.centre * anchor + step.deviation * noise()
         return to_picture(noisy, low).clamp(0, 1)
 
     def _generator(self, temperature: float) -> torch.Generator:

@@ -145,6 +145,30 @@ def test_the_true_noise_leads_from_the_centre_to_the_target(steps: int, monkeypa
             assert abs(float((left * end).sum() / (end * end).sum())) < 0.15, t
 
 
+@pytest.mark.parametrize(("start", "steps"), [(20, 0), (20, 4), (1, 1), (50, 5)])
+def test_a_later_start_is_the_centre_under_that_steps_noise(start: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the true noise leads from there, too, to the target."""
+    low, high = pictures(2, 3, 16, 16, seed=10)
+    model = small_model(timesteps=50, sampling_steps=steps, start_step=start)
+    centre, schedule = model.predict_centre(low)[0].detach().clamp(0, 1), ad.cosine_alpha_bars(50).float()
+    seen: list[tuple[int, Tensor]] = []
+
+    def true_noise(noisy: Tensor, low: Tensor, t: Tensor, features: object) -> Tensor:
+        seen.append((int(t[0]), noisy))
+        signal = ad.diffuse(ad.to_residual(high, low), torch.zeros_like(low), centre, schedule[t[0]])
+        return (noisy - signal) / (1 - schedule[t[0]]).sqrt()
+
+    monkeypatch.setattr(model, "predict_noise", true_noise)
+    with torch.no_grad():
+        enhanced = model.enhance(low)
+    assert [t for t, _ in seen] == ad.sampling_times(start, steps)
+    noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(model.config.seed))
+    alpha_bar = schedule[start - 1]
+    mean = alpha_bar.sqrt() * (2 * (centre - low) - 1) + (1 - alpha_bar.sqrt()) * (2 * centre - 1)
+    torch.testing.assert_close(seen[0][1], mean + (1 - alpha_bar).sqrt() * noise, atol=1e-5, rtol=0)
+    assert torch.allclose(enhanced, high, atol=1e-3 if start < 50 else 2e-2)
+
+
 def test_the_denoised_residual_is_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step returns the residual itself: -1 is `low` as it was, 1 is white."""
     low, _ = pictures(1, 3, 16, 16)
@@ -235,6 +259,41 @@ def test_the_denoiser_listens_to_the_step_and_to_every_level_of_the_condition() 
         assert not torch.allclose(model.predict_noise(high, low, t, changed), before, atol=1e-5), level
 
 
+def test_block_against_numpy() -> None:
+    """conv, instance norm, shift by the step, SiLU, conv, instance norm, SiLU; the input passes around them."""
+    torch.manual_seed(0)
+    block = randomise(ad.Block(4, 6, 5), 0.5).double()
+    x, time = torch.rand(2, 4, 7, 5, dtype=torch.float64), torch.rand(2, 5, dtype=torch.float64)
+
+    def norm(layer: nn.Module, values: np.ndarray) -> np.ndarray:
+        mean, variance = values.mean((2, 3), keepdims=True), values.var((2, 3), keepdims=True)
+        weight, bias = (p.detach().numpy()[:, None, None] for p in (layer.weight, layer.bias))
+        return (values - mean) / np.sqrt(variance + 1e-5) * weight + bias
+
+    def silu(values: np.ndarray) -> np.ndarray:
+        return values / (1 + np.exp(-values))
+
+    with torch.no_grad():
+        hidden = norm(block.norms[0], block.first(x).numpy()) + block.time(time).numpy()[:, :, None, None]
+        hidden = norm(block.norms[1], block.second(torch.from_numpy(silu(hidden))).numpy())
+        np.testing.assert_allclose(block(x, time).numpy(), block.skip(x).numpy() + silu(hidden), atol=1e-12)
+
+
+def test_the_conditions_features_are_added_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each level's block gets what the block above gave plus that level's feature, at half the size."""
+    low, high = pictures(1, 3, 16, 16)
+    model, t = small_model(multipliers=[1, 2, 3]), torch.tensor([3])
+    features = [torch.randn_like(feature) for feature in model.predict_centre(low)[1]]
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block in [*model.denoiser.encoder, model.denoiser.middle]:
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model.predict_noise(high, low, t, features)
+    for level, feature in enumerate(features):
+        expected = seen[level][1] + feature
+        below = seen[level + 1][0]
+        torch.testing.assert_close(below, expected if level == 2 else nn.functional.avg_pool2d(expected, 2))
+
+
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (40, 23)])
 def test_any_size_from_16(size: tuple[int, int]) -> None:
     low, high = pictures(1, 3, *size)
@@ -252,6 +311,16 @@ def test_every_parameter_is_trained() -> None:
     sum(model.losses(sample_of(low, high)).values()).backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not dead
+
+
+def test_the_defaults_are_the_published_networks_and_schedule() -> None:
+    config = ad.AnlightenConfig()
+    assert (config.width, config.multipliers, config.timesteps) == (64, [1, 2, 2, 4, 4, 8], 100)
+    assert (config.start_step, config.sampling_steps) == (0, 0)  # the paper's sampler
+    with torch.device("meta"):
+        model = ad.AnlightenDiff(config)
+    assert (model.predictor.stem.in_channels, model.denoiser.stem.in_channels) == (12, 6)
+    assert [block.second.out_channels for block in model.denoiser.encoder] == [64, 128, 128, 256, 256, 512]
 
 
 @pytest.mark.slow
@@ -298,6 +367,22 @@ def test_losses_against_direct_computation(kind: str) -> None:
         drawn[name] += 1
         steps.add(int(t))
     assert min(drawn.values()) >= 7 and len(steps) >= 7
+
+
+def test_the_centre_is_the_prediction_or_the_reference_half_and_half() -> None:
+    """Told from x_t at the last step, where it is the centre's image and noise; 2000 pictures, 5 deviations."""
+    count = 2000
+    low = torch.zeros(count, 3, 16, 16)
+    model = small_model()
+    predicted = torch.ones_like(low)
+    features = [feature.expand(count, -1, -1, -1) for feature in model.predict_centre(low[:1])[1]]
+    model.predict_centre = lambda low: (predicted, features)  # a white prediction of a black reference
+    torch.manual_seed(0)
+    _, (noisy, _, t) = seen_terms(model, low, torch.zeros_like(low), torch.zeros_like(low))
+    late = t == 9
+    white = (noisy[late].mean((1, 2, 3)) > 0).double()
+    assert late.sum() > 100
+    assert abs(float(white.mean()) - 0.5) < 5 * 0.5 / math.sqrt(int(late.sum()))
 
 
 def test_the_true_noise_costs_nothing_and_weights_of_zero_drop_terms() -> None:
@@ -488,6 +573,8 @@ def after_bars(text: str) -> str:
         ({"optimizer": "lion"}, ["lion is not installed", "pip install lion-pytorch"]),
         ({"dfpl_image_loss": "lpips"}, ["lpips is not installed", "pip install lpips"]),
         ({"sampling_steps": 11}, ["sampling_steps", "timesteps (10)"]),
+        ({"sampling_steps": 5, "start_step": 4}, ["sampling_steps", "start_step (4)"]),
+        ({"start_step": 11}, ["start_step", "timesteps (10)"]),
         ({"width": 9}, ["width must be even"]),
         ({"noise_weight": 0, "dfpl_weight": 0, "centre_weight": 0}, ["noise_weight, dfpl_weight and centre_weight"]),
         ({"dfpl_image_los": "l1"}, ["unknown key dfpl_image_los", "dfpl_image_loss"]),
@@ -527,6 +614,7 @@ def test_lpips_without_its_weights_is_one_line(
 def test_lion_is_built_from_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lion(torch.optim.SGD):
         def __init__(self, parameters: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+            assert betas == (0.9, 0.99)
             super().__init__(parameters, lr, weight_decay=weight_decay)
 
     monkeypatch.setitem(sys.modules, "lion_pytorch", types.SimpleNamespace(Lion=Lion))
@@ -536,6 +624,14 @@ def test_lion_is_built_from_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (4e-4, 0.3, len(list(model.parameters())))
     assert isinstance(small_model().make_optimizer(), torch.optim.AdamW)
+
+
+def test_the_lion_package_trains_and_resumes(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lion_pytorch")
+    straight = trained(data, tmp_path / "straight", optimizer="lion")
+    first = tmp_path / "straight" / "checkpoint" / "checkpoint_epoch_1.pth"
+    resumed = trained(data, tmp_path / "resumed", "--resume", str(first), optimizer="lion")
+    assert not differing(straight["training"]["model"], resumed["training"]["model"])
 
 
 def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> None:
