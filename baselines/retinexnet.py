@@ -18,7 +18,9 @@ Where they are silent or differ, this file
         gradient over those of its 3x3 neighbours that exist (the public code pads with black before the gradient);
     lets the loss see R_low * I_new unbounded, as the last layer has no activation, and clamps only the finished picture;
     pads by repeating the last row and column to a multiple of 8 and crops, so that both up-samplings take any size;
-    halves the rates after each quarter of a stage (the paper's code: a tenth after a fifth of the epochs);
+    halves the rates after each quarter of a stage (the paper's code: a tenth after a fifth of the epochs); a stage of
+        `split` is half of the run (the student project trains either network for all epochs); gradients are clipped at
+        norm 1 and Adam's second beta is 0.99, the script's;
     has no BM3D denoising of the reflectance, an optional step outside the network, so that the networks are compared.
 
 With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights that are saved as best

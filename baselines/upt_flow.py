@@ -10,6 +10,11 @@ the script's. The defaults below are the published size; the JSON file is cut to
 The prior has no mean of its own: the flow ends with affine maps whose shift and scale are functions of the features, which
 is what a predicted mean and deviation would be. Enhancement decodes z = 0, as the published tests do.
 
+The public code cannot train and its reverse pass miscounts the log-determinant. Where it is silent, this file
+    makes the decoder 4, 4 and 2 base widths wide, with (global, local) heads (4, 8), (2, 4), (2, 2), and refines by the
+        global branch alone; the map's embedding is the map, repeated, after the features' own down- and up-sampling;
+    halves the rate at four milestones; warm-up, clipped gradients, averaged weights and Adam's betas are the script's.
+
 References
     Zamir et al., Restormer, CVPR 2022: attention across channels, gated depthwise feed-forward
     Liu et al., Swin Transformer, ICCV 2021: shifted windows with a relative position bias
@@ -55,6 +60,11 @@ class UPTFlowConfig(ms.Config):
     colour_weight: float = ms.knob(0.0, "weight of the distance of colour histograms; the paper has none", low=0.0, high=1e6)
     weight_decay: float = ms.knob(0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0)
     warmup_steps: int = ms.knob(100, "steps of linear warm-up; the rate halves at 40, 60, 80 and 90 %", low=0, high=10_000_000)
+
+    def __post_init__(self) -> None:
+        """A rule that no single key can state."""
+        if self.encoder_width % 2:
+            raise ms.UserError(f"encoder_width must be even, got {self.encoder_width}")
 
 
 # What is read off the dark picture -----------------------------------------------------------------------------------
@@ -131,8 +141,8 @@ class GlobalBlock(nn.Module):
 class WindowAttention(nn.Module):
     """Attention within windows: what to look at follows from the map's embedding, what is found there is the features'.
 
-    features and embedding (B, C, H, W) -> (B, C, H, W). Windows start `shift` pixels earlier than the picture; what hangs
-    over its rims is masked, which is Swin's cyclic shift with its mask. The paper's depthwise projections are taken of the
+    features and embedding (B, C, H, W) -> (B, C, H, W). A window starts at pixel `shift`, others around it; what hangs
+    over the rims is masked, which is Swin's cyclic shift with its mask. The paper's depthwise projections are taken of the
     picture rather than window by window, so that no window's rim shows in them.
     """
 
@@ -309,7 +319,7 @@ class CBAM(nn.Module):
 
 
 class ConditionalAffine(nn.Module):
-    """y = (x + shift) scale, both of net(condition), scale = sigmoid(s + 2) + 3e-4 <= 1: actnorm and 1x1 convolution expand.
+    """y = (x + shift) scale, both of net(condition), scale = sigmoid(s + 2) + 3e-4: actnorm and 1x1 convolution expand.
 
     x (B, C, H, W), condition (B, inputs, H, W). The net has the public code's kernels, 1, 3 and 1, and starts at zero.
     """
@@ -333,35 +343,24 @@ class ConditionalAffine(nn.Module):
         return y / scale - shift, -scale.log().flatten(1).sum(1)
 
 
-class CrossCoupling(nn.Module):
-    """Features move all channels, half a moves half b, features move all again, half b moves half a.
+class CrossCoupling(ConditionalAffine):
+    """One half, with the features, moves the other; then they change places: two in a row move all by one another.
 
-    x (B, C, H, W), condition (B, F, H, W). Each half is changed by the other, so that one step reaches every channel.
+    x (B, C, H, W), condition (B, inputs, H, W).
     """
 
-    def __init__(self, channels: int, features: int, hidden: int) -> None:
-        super().__init__()
-        half = channels // 2
-        self.first, self.second = (ConditionalAffine(channels, features, hidden) for _ in range(2))
-        self.b_given_a, self.a_given_b = (ConditionalAffine(half, half + features, hidden) for _ in range(2))
+    def __init__(self, channels: int, inputs: int, hidden: int) -> None:
+        super().__init__(channels // 2, channels // 2 + inputs, hidden)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_det1 = self.first(x, condition)
-        a, b = x.chunk(2, dim=1)
-        b, log_det2 = self.b_given_a(b, torch.cat([a, condition], 1))
-        x, log_det3 = self.second(torch.cat([a, b], 1), condition)
-        a, b = x.chunk(2, dim=1)
-        a, log_det4 = self.a_given_b(a, torch.cat([b, condition], 1))
-        return torch.cat([a, b], 1), log_det1 + log_det2 + log_det3 + log_det4
+        kept, moved = x.chunk(2, dim=1)
+        moved, log_det = super().forward(moved, torch.cat([kept, condition], 1))
+        return torch.cat([moved, kept], 1), log_det
 
     def inverse(self, y: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = y.chunk(2, dim=1)
-        a, log_det4 = self.a_given_b.inverse(a, torch.cat([b, condition], 1))
-        y, log_det3 = self.second.inverse(torch.cat([a, b], 1), condition)
-        a, b = y.chunk(2, dim=1)
-        b, log_det2 = self.b_given_a.inverse(b, torch.cat([a, condition], 1))
-        y, log_det1 = self.first.inverse(torch.cat([a, b], 1), condition)
-        return y, log_det1 + log_det2 + log_det3 + log_det4
+        moved, kept = y.chunk(2, dim=1)
+        moved, log_det = super().inverse(moved, torch.cat([kept, condition], 1))
+        return torch.cat([kept, moved], 1), log_det
 
 
 class CrossFlow(ms.Flow):
@@ -378,7 +377,8 @@ class CrossFlow(ms.Flow):
             layers.append(ms.Squeeze())
             for step in range(PLAIN_STEPS + steps):
                 layers += [ActNorm(channels), ms.InvertibleConv(channels)]
-                layers += [CrossCoupling(channels, features, hidden)] if step >= PLAIN_STEPS else []
+                for kind in (ConditionalAffine, CrossCoupling) * 2 if step >= PLAIN_STEPS else ():
+                    layers.append(kind(channels, features, hidden))
             self.levels += [level] * (len(layers) - len(self.levels))
         self.layers = nn.ModuleList(layers)
 
@@ -396,16 +396,14 @@ def whole_blocks(image: Tensor) -> Tensor:
 class UPTFlow(ms.System):
     """p(high | low) by a flow on dequantised pixels in [0, 1], as in LLFlow without a logit map; its prior is N(0, I).
 
-    At the published size it has 23.81 M parameters, 16.72 of them the encoder's; the paper counts 23.45 M. The script's 1x1
-    convolution keeps its two triangles in two full matrices, which is 0.39 M more than one, half of them idle.
+    23.81 M parameters at the published size, where the paper counts 23.45 M: the script's 1x1 convolution keeps its two
+    triangles in two full matrices, 0.39 M more than one.
     """
 
     config: UPTFlowConfig
 
     def __init__(self, config: UPTFlowConfig) -> None:
         super().__init__(config)
-        if config.encoder_width % 2:
-            raise ms.UserError(f"config: encoder_width must be even, got {config.encoder_width}")
         self.encoder = MSFormer(6 if config.histogram_input else 3, config)
         self.flow = CrossFlow(config.flow_steps, config.flow_channels, 6 * config.encoder_width)
 
@@ -419,10 +417,6 @@ class UPTFlow(ms.System):
         shown = [(low + 1e-3).log() if self.config.log_input else low]
         shown += [equalise(low)] if self.config.histogram_input else []
         return self.encoder(torch.cat(shown, 1), balance_map(low))
-
-    def decode(self, latent: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Picture in [0, 1] (B, 3, H, W) of a latent (B, 192, H/8, W/8)."""
-        return ms.requantise(self.flow.inverse(latent, features)[0])
 
     def bits(self, high: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), latent) of `high` (B, 3, H, W), sides multiples of 8."""
@@ -455,8 +449,8 @@ class UPTFlow(ms.System):
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16; above `temperature` 0 they vary."""
         padded = ms.pad_to_multiple(low, 8)
-        enhanced = self.decode(self.latent(padded, temperature), self.condition(padded))
-        return enhanced[..., : low.shape[-2], : low.shape[-1]]
+        y, _ = self.flow.inverse(self.latent(padded, temperature), self.condition(padded))
+        return ms.requantise(y)[..., : low.shape[-2], : low.shape[-1]]
 
     def pictures(self, low: Tensor) -> dict[str, Tensor]:
         """The balance map of `low`, (B, 3, H, W): black where colour was lost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from cli_tools import assert_one_line_error, differing, environment, make_data, tiny_config
 from conftest import ROOT, randomise
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import model_script as ms
@@ -353,6 +355,18 @@ def test_evaluation_shows_reflectance_and_illumination(trained: Path) -> None:
         assert np.abs(found.astype(int) - ms.to_uint8(image[0])).max() <= 1, suffix
     summary = json.loads((folder / "summary.json").read_text())
     assert "bits_per_dim" not in summary["metrics"]
+
+
+def test_tensorboard_shows_the_maps_beside_low_enhanced_and_high(trained: Path) -> None:
+    (folder,) = (trained / "logs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    shown = events.Images("validation/low_enhanced_high_0")[-1]
+    strip = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert strip.shape[1] == 6 * strip.shape[0]
+    reflectance, illumination, relit = np.split(strip.astype(int), 6, axis=1)[3:]
+    assert np.ptp(reflectance, axis=2).max() > 0  # colours
+    assert not np.ptp(illumination, axis=2).any() and not np.ptp(relit, axis=2).any()  # grey
 
 
 @pytest.mark.parametrize("settings", [{"training": "join", "transposed": True}, {"training": "ignore_ienhance"}], ids=str)
