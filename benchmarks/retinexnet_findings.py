@@ -4,6 +4,8 @@
 
 Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation pairs:
 psnr, ssim         of the enhanced picture at 128x128
+best light         PSNR with the best illumination there is for that reflectance, by least squares at each pixel, in place of
+                   Enhance-Net's: what is missing then is the reflectance's colour
 relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white images" would be near 1
 white              share of the enhanced pixels whose three channels all exceed 0.9; the target's share stands beside it
 plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the target, at the pictures'
@@ -27,8 +29,8 @@ import model_script as ms
 from baselines import classes
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "split": {},
-    "split, transposed": {"transposed": True},
+    "split": {"training": "split"},
+    "split, transposed": {"training": "split", "transposed": True},
     "join": {"training": "join"},
     "join, transposed": {"training": "join", "transposed": True},
     "ignore_ienhance": {"training": "ignore_ienhance"},
@@ -59,9 +61,13 @@ def findings(model: ms.System, low: torch.Tensor, high: torch.Tensor) -> tuple[d
     ours, target = (image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, high))
     pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (model.enhance(small_low), small_high)]
     scores, zones = ms.image_metrics(*pictures), plain_zones(target)
+    reflectance = model.pictures(small_low)["reflectance"]
+    light = (reflectance * small_high).sum(1, keepdim=True) / (reflectance**2).sum(1, keepdim=True).clamp(min=1e-6)
+    lit = (reflectance * light).clamp(0, 1)[0].permute(1, 2, 0).double().numpy()
     return {
         "psnr": scores["psnr"],
         "ssim": scores["ssim"],
+        "best light": ms.psnr_of(lit, pictures[1]),
         "relit": float(maps["relit"].mean()),
         "relit white": float((maps["relit"] >= 0.98).float().mean()),
         "white": white_share(ours),

@@ -1,4 +1,4 @@
-"""One-line mistakes in flow, losses, metrics, training and resuming, each of which the fast tests must notice.
+"""One-line mistakes in flow, losses, metrics, training, resuming and the baselines, each of which the fast tests must notice.
 
     python tests/mutants.py [NUMBER ...]
 
@@ -22,14 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    """`before`, found once in model_script.py, becomes `after`; `tests` is the file that should notice."""
+    """`before`, found once in `file`, becomes `after`; `tests` is the file that should notice."""
 
     before: str
     after: str
     tests: str
+    file: str = "model_script.py"
 
 
 FLOW, LOSSES, METRICS, TRAINING, DATA = "test_flow", "test_losses", "test_metrics", "test_training", "test_data"
+RETINEX, UPT, ANLIGHTEN = ((f"test_{name}", f"baselines/{name}.py") for name in ("retinexnet", "upt_flow", "anlightendiff"))
 PASSED, FAILED, HUNG = "SURVIVED", "killed", "killed, the tests hung,"
 MUTANTS = [
     # flow
@@ -97,12 +99,21 @@ MUTANTS = [
     Mutant('better = means["psnr"] > self.best', 'better = means["psnr"] < self.best', TRAINING),
     Mutant("os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())", "test_kill"),
     Mutant("len(chunk) / len(batch)) for chunk in chunks]", "1 / len(chunks)) for chunk in chunks]", "test_processes"),
+    # baselines
+    Mutant('"exchanged": 0.001 *', '"exchanged": 0.01 *', *RETINEX),
+    Mutant("(-10 * edges).exp()", "(-1 * edges).exp()", *RETINEX),
+    Mutant('self.frozen = self.config.training == "split" and progress >= 0.5', "self.frozen = False", *RETINEX),
+    Mutant("(low.sum(1, keepdim=True) + 1e-4)", "(low.sum(1, keepdim=True) + 1e-3)", *UPT),
+    Mutant("return y / scale - shift, -scale.log()", "return y / scale - shift, scale.log()", *UPT),  # the public code's
+    Mutant("return torch.cat([moved, kept], 1), log_det", "return torch.cat([kept, moved], 1), log_det", *UPT),
+    Mutant("* (1 - alpha) - math.sqrt(alpha)", "* (1 - alpha) + math.sqrt(alpha)", *ANLIGHTEN),
+    Mutant("x = x + condition[level]", "x = x * condition[level]", *ANLIGHTEN),
+    Mutant("device=low.device) < 0.5", "device=low.device) < 0.8", *ANLIGHTEN),
 ]
 
 
-def verdict(copy: Path, source: str, names: set[str], patience: float | None = None) -> str:
-    """What the named test files say of `source` as the script; `patience` is in seconds, None for endless."""
-    (copy / "model_script.py").write_text(source, encoding="utf-8")
+def verdict(copy: Path, names: set[str], patience: float | None = None) -> str:
+    """What the named test files say of the project in `copy`; `patience` is in seconds, None for endless."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", *(f"tests/{name}.py" for name in sorted(names))]
     with tempfile.TemporaryFile("w+") as said:  # not a pipe, which the tests' own processes could keep open
         process = subprocess.Popen(command, cwd=copy, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
@@ -122,7 +133,6 @@ def verdict(copy: Path, source: str, names: set[str], patience: float | None = N
 
 def main() -> None:
     """Try the mutants of the given numbers, or all."""
-    source = (ROOT / "model_script.py").read_text(encoding="utf-8")
     chosen = [int(text) for text in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
     alive = []
     with tempfile.TemporaryDirectory() as name:
@@ -130,14 +140,18 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "results", "logs", "train-*", "eval-*")
         shutil.copytree(ROOT, copy, ignore=ignored)
         started = time.monotonic()
-        if verdict(copy, source, {MUTANTS[number - 1].tests for number in chosen}) != PASSED:
+        if verdict(copy, {MUTANTS[number - 1].tests for number in chosen}) != PASSED:
             sys.exit("the tests fail without any mutant: mend that first")
         patience = 60 + 2 * (time.monotonic() - started)  # of a file, when all took that long
         for number in chosen:
             started, mutant = time.monotonic(), MUTANTS[number - 1]
+            file = copy / mutant.file
+            source = file.read_text(encoding="utf-8")
             if source.count(mutant.before) != 1:
-                sys.exit(f"not found exactly once in model_script.py: {mutant.before}")
-            found = verdict(copy, source.replace(mutant.before, mutant.after), {mutant.tests}, patience)
+                sys.exit(f"not found exactly once in {mutant.file}: {mutant.before}")
+            file.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
+            found = verdict(copy, {mutant.tests}, patience)
+            file.write_text(source, encoding="utf-8")
             alive += [number] * (found == PASSED)
             print(f"{number:2} {found} in {time.monotonic() - started:.0f} s: {mutant.after[:90]}", flush=True)
     print(f"{len(chosen) - len(alive)} of {len(chosen)} killed")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,37 @@ class Plain(ms.System):
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         return (3 * low + 0.1 * temperature * torch.randn_like(low)).clamp(0, 1)
+
+
+def gradients(model: ms.ConditionalFlow, losses: Callable[[ms.Sample], dict[str, Tensor]], low: Tensor) -> Tensor:
+    """The gradient of all losses of a batch, as one vector."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    sum(losses(ms.Sample(low, low.sqrt(), low, torch.tensor([ms.WHOLE_BOX] * len(low)))).values()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_the_memory_layout_changes_nothing() -> None:
+    """channels_last is the default for its speed alone."""
+    plain, other = small_model(), CPU.place(small_model())
+    assert next(p for p in other.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1).is_contiguous(
+        memory_format=torch.channels_last
+    )
+    low = ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.enhance(low), other.enhance(low), atol=1e-5, rtol=0)
+    one, two = (gradients(model, model.losses, low) for model in (plain, other))
+    torch.testing.assert_close(one, two, atol=1e-4 * float(one.abs().max()), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_gives_the_same() -> None:
+    model, low = small_model(), ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model.enhance)(low), model.enhance(low), atol=1e-4, rtol=0)
+    one, two = (gradients(model, losses, low) for losses in (model.losses, torch.compile(model.losses)))
+    torch.testing.assert_close(one, two, atol=1e-3 * float(one.abs().max()), rtol=0)
 
 
 def test_another_system_sees_the_picture_whole() -> None:

@@ -408,7 +408,7 @@ def test_wrong_values_and_other_weights_are_one_line(trained: Path, capsys: pyte
 
 def test_the_recipe_names_only_known_keys() -> None:
     config = ms.apply_settings(rn.RetinexConfig(), ms.read_config_file(str(RECIPE)), str(RECIPE))
-    assert (config.image_size, config.crop_size, config.batch_size) == ([128, 128], 0, 8)
+    assert (config.image_size, config.crop_size, config.batch_size) == ([128, 128], 0, 4)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/retinexnet", "logs")
     published = {key.name: getattr(config, key.name) for key in dataclasses.fields(rn.RetinexConfig)}
-    assert published | {"training": "split", "channels": 64, "decom_lr": 0.001, "relight_lr": 0.001} == published
+    assert published | {"training": "join", "channels": 64, "decom_lr": 0.001, "relight_lr": 0.001} == published
