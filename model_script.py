@@ -95,7 +95,11 @@ def knob(
 class Config:
     """Every setting of every mode. Twelve keys are the published CPU recipe's and keep its names and meaning."""
 
-    unused: ClassVar[tuple[str, ...]] = ()  # keys that another system inherits and has no use for
+    # what another system says otherwise, for --help: its name, how it is called, its recipe, the shared keys it cannot use
+    method: ClassVar[str] = "a conditional normalizing flow"
+    program: ClassVar[str] = "model_script.py"
+    recipe: ClassVar[str] = "cpu_train_config.json"
+    unused: ClassVar[tuple[str, ...]] = ()
 
     # run
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -361,15 +365,20 @@ def parse_assignment(text: str, config_class: type[Config]) -> tuple[str, Any]:
 
 EXAMPLES = """\
 examples
-  train      python model_script.py --mode train    --config cpu_train_config.json
-  resume     python model_script.py --mode train    --resume checkpoints/checkpoint_epoch_7.pth
-  evaluate   python model_script.py --mode evaluate --checkpoint checkpoints/best_model.pth --config cpu_train_config.json
-  enhance    python model_script.py --mode enhance  --checkpoint checkpoints/best_model.pth --input low.jpg --output out.jpg
-  folder     python model_script.py --mode enhance  --checkpoint checkpoints/best_model.pth --input photos --output enhanced
-  export     python model_script.py --mode export   --checkpoint checkpoints/best_model.pth --output enhancer.onnx
-  demo       python model_script.py --mode demo     --config cpu_train_config.json
+  train      python {program} --mode train    --config {recipe}
+  resume     python {program} --mode train    --resume {folder}/checkpoint_epoch_7.pth
+  evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
+  enhance    python {program} --mode enhance  --checkpoint {folder}/best_model.pth --input low.jpg --output out.jpg
+  folder     python {program} --mode enhance  --checkpoint {folder}/best_model.pth --input photos --output enhanced
+  export     python {program} --mode export   --checkpoint {folder}/best_model.pth --output enhancer.onnx
+  demo       python {program} --mode demo     --config {recipe}
   curves     tensorboard --logdir logs
 """
+
+
+def examples(config_class: type[Config]) -> str:
+    """A command for every mode, for --help."""
+    return EXAMPLES.format(program=config_class.program, recipe=config_class.recipe, folder=config_class().checkpoint_dir)
 
 
 def describe_keys(config_class: type[Config]) -> str:
@@ -401,16 +410,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> argparse.Namespace:
     """Arguments with `settings` (the config file's and --set's, checked) added. Raises UserError."""
+    ours = "the released ones beside this script" if config_class is Config else "best_model.pth in checkpoint_dir"
     parser = OneLineParser(
-        description="Enhance dark, infrared-tinted photographs with a conditional normalizing flow.",
-        epilog=f"{EXAMPLES}\n{describe_keys(config_class)}",
+        description=f"Enhance dark, infrared-tinted photographs with {config_class.method}.",
+        epilog=f"{examples(config_class)}\n{describe_keys(config_class)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--mode", required=True, choices=("train", "evaluate", "enhance", "demo", "export"))
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the keys below")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to use; default: the released ones beside this script")
+    parser.add_argument("--checkpoint", metavar="FILE", help=f"weights to use; default: {ours}")
     parser.add_argument("--resume", metavar="FILE", help="train: go on from this checkpoint, or from a folder's newest")
     parser.add_argument("--input", metavar="FILE", help="enhance: the dark picture, a folder of them, or a pattern in quotes")
     parser.add_argument(
@@ -432,6 +442,10 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
     default, source = config_class(), arguments.config or "config"
     settings = typed_settings(default, read_config_file(arguments.config), source) if arguments.config else {}
     overrides = dict(parse_assignment(text, config_class) for text in arguments.set)
+    for name in config_class.unused:
+        settings.pop(name, None)  # a config file may be for several systems
+        if name in overrides:
+            raise UserError(f"--set {name}: changes nothing in {config_class.method}; leave it out")
     settings |= typed_settings(default, overrides, "--set")
     check_together(dataclasses.replace(default, **settings), "--set" if overrides else source)
     arguments.settings = settings
@@ -750,7 +764,7 @@ def read_picture(source: Source) -> Picture:
 def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:
     """A file of (H, W, 3) uint8 or uint16 pixels, with the alpha, EXIF and profile of `like` as far as the format holds them.
 
-    uint16 needs the suffix .png, .tif or .tiff. `quality` is that of JPEG and WebP.
+    uint16 needs the suffix .png, .tif or .tiff, and in TIFF it goes without the EXIF. `quality` is that of JPEG and WebP.
     """
     if like.alpha is not None and suffix not in (".jpg", ".jpeg", ".bmp"):
         scale = np.iinfo(pixels.dtype).max / np.iinfo(like.alpha.dtype).max
@@ -852,6 +866,11 @@ def choose_scenes(pairs: list[Pair], scenes: str) -> list[Pair]:
         if stem not in known:
             raise UserError(f"scenes: no pair has the stem {stem}; there are {len(known)}, from {min(known)} to {max(known)}")
     return [known[stem] for stem in dict.fromkeys(wanted)] or pairs
+
+
+def evaluation_pairs(config: Config) -> list[Pair]:
+    """The pairs to score, those of `scenes` where it names some. Raises UserError."""
+    return choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes)
 
 
 class PairStore:
@@ -2306,9 +2325,10 @@ class Trainer:
                 scalars = {f"loss/{name}": value for name, value in terms.items()}
                 scalars |= {"loss/total": sum(terms.values()), "train/learning_rate": rate, "train/gradient_norm": norm}
                 self._scalars(scalars | {"train/images_per_second": len(batch) / seconds})
-            bar.set_postfix(
-                {name: f"{value:.3f}" for name, value in terms.items()} | {"psnr": f"{self.best:.2f}"}, refresh=False
-            )
+            shown = {name: f"{value:.3f}" for name, value in terms.items()}
+            if math.isfinite(self.best):
+                shown["best_psnr"] = f"{self.best:.2f}"
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if stop or self._out_of_time():
                 return bool(stop)
@@ -2608,7 +2628,7 @@ def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
 def evaluate(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
     """--mode evaluate."""
     model, config, runtime, checkpoint = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
-    store = PairStore(choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes), config)
+    store = PairStore(evaluation_pairs(config), config)
     twins = training_twins(store, checkpoint)
     folder = from_first(results_folder(config.results_dir, "eval"))
     size = evaluation_size(config)

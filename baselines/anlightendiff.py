@@ -17,7 +17,7 @@ Where its description is silent or this file differs
     the centre has a loss of its own, |centre - high|, and the denoiser does not train it;
     filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation;
     the best weights are those of the best validation PSNR, as for every system here, not of the paper's mixed score;
-    batch, crops and rates are the script's; Lion and LPIPS are optional packages, AdamW and SSIM the defaults;
+    the schedule of the rate is the script's; Lion and LPIPS are optional packages, AdamW and SSIM the defaults;
     the published sampler adds the noise of the config's seed at temperature 0, and `start_step` can shorten it (`enhance`);
     batches that are accumulated, or divided over processes, draw the same steps and noise for each of their parts.
 
@@ -49,9 +49,13 @@ from baselines import equalise
 
 @dataclass
 class AnlightenConfig(ms.Config):
-    """The script's settings and those of this system; the networks' and the diffusion's defaults are the published ones."""
+    """The script's settings and those of this system; defaults are the published ones, but for AdamW and SSIM."""
 
+    method: ClassVar[str] = "AnlightenDiff"
+    program: ClassVar[str] = "-m baselines.anlightendiff"
+    recipe: ClassVar[str] = "baselines/anlightendiff.json"
     unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
+    checkpoint_dir: str = ms.knob("checkpoints/anlightendiff", "where weights go")
     width: int = ms.knob(64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True)
     multipliers: list[int] = ms.knob(
         [1, 2, 2, 4, 4, 8], "width of each level over `width`, full resolution first", low=1, high=64, architecture=True
@@ -69,11 +73,16 @@ class AnlightenConfig(ms.Config):
     )
     centre_weight: float = ms.knob(1.0, "weight of |predicted centre - high|", low=0.0, high=1e6)
     optimizer: str = ms.knob("adamw", "who updates the weights; the paper's lion needs a package", choices=("adamw", "lion"))
+    learning_rate: float = ms.knob(4e-4, "peak learning rate", low=1e-8, high=1.0)
+    batch_size: int = ms.knob(24, "pictures or crops per step, of all processes together", low=1, high=4096)
+    crop_size: int = ms.knob(160, "side of the native-resolution crops, a multiple of 8; 0: image_size", low=0, high=4096)
 
     def __post_init__(self) -> None:
         """Rules that no single key can state; here, so that a mistake is told before any picture is read."""
         if self.width % 2:
             raise ms.UserError(f"width must be even, got {self.width}")
+        if len(self.multipliers) > 8:  # every level halves the picture, which is padded to a multiple of its last
+            raise ms.UserError(f"multipliers: at most 8 levels, got {len(self.multipliers)}")
         if self.noise_weight == self.dfpl_weight == self.centre_weight == 0:
             raise ms.UserError("one of noise_weight, dfpl_weight and centre_weight must be above 0")
 

@@ -44,9 +44,14 @@ import model_script as ms
 class RetinexConfig(ms.Config):
     """The shared settings and those of RetinexNet. `training` counts as architecture: it says what the weights mean."""
 
+    method: ClassVar[str] = "RetinexNet"
+    program: ClassVar[str] = "-m baselines.retinexnet"
+    recipe: ClassVar[str] = "baselines/retinexnet.json"
     unused: ClassVar[tuple[str, ...]] = (
-        ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS + ("learning_rate", "warmup_steps", "temperature")
+        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
+        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
     )
+    checkpoint_dir: str = ms.knob("checkpoints/retinexnet", "where weights go")
     training: str = ms.knob(
         "split",
         "split: Decom-Net for half of the run, then Enhance-Net; join: both at once; "
@@ -64,6 +69,10 @@ class RetinexConfig(ms.Config):
         0.25, "share of a stage of training after which both rates fall, again and again", low=0.01, high=1.0
     )
     decay_factor: float = ms.knob(0.5, "what they are multiplied by each time; 1: constant rates", low=1e-6, high=1.0)
+    num_epochs: int = ms.knob(20, "passes over the training set", low=1, high=1_000_000)
+    save_freq: int = ms.knob(10, "epochs between checkpoints", low=1, high=1_000_000)
+    weight_decay: float = ms.knob(0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0)
+    ema_decay: float = ms.knob(0.0, "decay of averaged weights; 0: off", low=0.0, high=0.999999)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

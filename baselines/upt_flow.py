@@ -43,7 +43,11 @@ from baselines import equalise
 class UPTFlowConfig(ms.Config):
     """The script's keys with the published recipe's defaults, and this model's own."""
 
+    method: ClassVar[str] = "UPT-Flow"
+    program: ClassVar[str] = "-m baselines.upt_flow"
+    recipe: ClassVar[str] = "baselines/upt_flow.json"
     unused: ClassVar[tuple[str, ...]] = ("num_flow_blocks", "thumbnail_size", "global_dropout", *ms.TILE_KEYS)
+    checkpoint_dir: str = ms.knob("checkpoints/upt_flow", "where weights go")
     encoder_width: int = ms.knob(48, "channels of the encoder's first level, even", low=2, high=512, architecture=True)
     encoder_blocks: int = ms.knob(2, "blocks of either branch at each level", low=1, high=16, architecture=True)
     refinement_blocks: int = ms.knob(2, "blocks that refine the full-resolution features", low=0, high=16, architecture=True)

@@ -9,7 +9,7 @@ unless --set eval_size says otherwise; --set reaches every system's config (data
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene, the trained weights.
 Seconds are what `--mode enhance` reports for one 600x400 picture, reading and writing included, the median of three
-processes; MiB is the largest of their peak memories.
+processes; MiB is the largest of their peak memories, with what they took of a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +35,7 @@ from torch import Tensor  # noqa: E402
 import model_script as ms  # noqa: E402
 from baselines import SYSTEMS, classes  # noqa: E402
 
+GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")  # by --minutes and the results folder
 METRICS = ("psnr", "ssim", "ciede2000", "psnr_gt_mean", "ssim_grey_gt_mean", "lpips", "bits_per_dim")
 
 
@@ -54,22 +55,62 @@ class Floor(ms.System):
         return torch.from_numpy(image).permute(2, 0, 1)[None].float()
 
 
-def train(system: str, minutes: float, folder: Path, overrides: dict[str, Any]) -> Path:
-    """The best weights of a run of `minutes` by the system's own recipe."""
+class Task(NamedTuple):
+    """What the command line asks for, checked."""
+
+    minutes: float
+    weights: dict[str, Path]
+    only: list[str]
+    overrides: dict[str, Any]
+    base: ms.Config
+
+
+def read_command_line(description: str | None, minutes: float, systems: dict[str, str], **settings: Any) -> Task:
+    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE, where `systems` says whose weights NAME's are.
+
+    Raises UserError, before hours of training, for what will not do.
+    """
+    parser = ms.OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=minutes, help="training of each")
+    parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE", help="do not train this one")
+    parser.add_argument("--only", action="append", choices=systems, help="default: all")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all of them")
+    arguments = parser.parse_args()
+    if not arguments.minutes > 0:
+        raise ms.UserError(f"--minutes must be above 0, got {arguments.minutes:g}")
+    overrides = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
+    for key in GIVEN:
+        if key in overrides:
+            raise ms.UserError(f"--set {key}: --minutes and results_dir say that here; leave it out")
+    base = ms.apply_settings(ms.Config(), settings | overrides, "--set")
+    weights = {}
+    for name, _, path in (text.partition("=") for text in arguments.weights):
+        if name not in systems:
+            raise ms.UserError(f"--weights {name}={path}: write NAME=FILE with one of the names {'; '.join(systems)}")
+        ms.check_system(ms.load_checkpoint(path), path, classes(systems[name])[0])
+        weights[name] = Path(path)
+    return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, base)
+
+
+def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """The best weights of a run by the system's own recipe, the task's settings and the `changes`. Ctrl-C ends it all."""
     model_class, config_class = classes(system)
-    settings = ms.read_config_file(str(ROOT / SYSTEMS[system][3])) | overrides
-    settings |= dict(max_minutes=minutes, num_epochs=100_000, checkpoint_dir=str(folder), log_dir=str(folder / "logs"))
-    ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class).fit()
+    settings = ms.read_config_file(str(ROOT / SYSTEMS[system][3])) | {"device": task.base.device} | task.overrides
+    settings |= {"max_minutes": task.minutes, "num_epochs": 100_000, **(changes or {})}
+    settings |= {"checkpoint_dir": str(folder), "log_dir": str(folder / "logs")}
+    status = ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class).fit()
+    if status:
+        sys.exit(status)
     return folder / "best_model.pth"
 
 
-def training_speed(weights: Path, batch_size: int) -> float:
+def training_speed(weights: Path) -> float:
     """Training images a second, as the newest checkpoint beside the weights tells; nan where none is."""
     checkpoints = sorted(weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         return float("nan")
-    training = torch.load(checkpoints[-1], weights_only=True)["training"]
-    return training["step"] * batch_size / (60 * training["minutes"])
+    newest = ms.load_checkpoint(str(checkpoints[-1]))
+    return newest["training"]["step"] * newest["config"]["batch_size"] / (60 * newest["training"]["minutes"])
 
 
 def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]:
@@ -77,20 +118,21 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
     with tempfile.TemporaryDirectory() as name:
         low = Path(name) / "low.png"
         Image.fromarray(np.random.default_rng(0).integers(0, 40, (400, 600, 3), dtype=np.uint8)).save(low)
-        code = "import resource, sys; from {0} import *; import model_script as ms; "
-        code += "status = ms.main(sys.argv[1:], {1}, {2}); print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); "
-        code += "sys.exit(status)"
+        code = "import resource, sys, torch; from {0} import *; import model_script as ms; "
+        code += "status = ms.main(sys.argv[1:], {1}, {2}); gpu = torch.cuda.max_memory_allocated(); "
+        code += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gpu); sys.exit(status)"
         arguments = ["--mode", "enhance", "--checkpoint", str(weights.resolve()), "--input", str(low)]
         arguments += ["--output", f"{name}/out.png", "--set", f"device={device}"]
         command = ["-c", code.format(*SYSTEMS[system][:3]), *arguments]
-        # exec from a shell: a child counts at birth the memory of the process that forked it, which holds torch here
+        # as a shell's child: a process counts at birth the memory of the one that forked it, which holds torch here
         done = subprocess.run(
-            ["/bin/sh", "-c", 'exec "$0" "$@"', sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+            ["/bin/sh", "-c", '"$0" "$@"; exit $?', sys.executable, *command], cwd=ROOT, capture_output=True, text=True
         )
     if done.returncode:
         sys.exit(f"{system}: {done.stderr}")
+    memory, gpu = map(int, done.stdout.split("PEAK")[1].split())
     scale = 2**20 if sys.platform == "darwin" else 2**10
-    return float(re.findall(r"([\d.]+) s on ", done.stdout)[0]), int(done.stdout.split("PEAK")[1]) / scale
+    return float(re.findall(r"([\d.]+) s on ", done.stdout)[0]), memory / scale + gpu / 2**20
 
 
 def score(
@@ -114,35 +156,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows)]) + "\n"
 
 
-def main() -> None:
+def compare(task: Task) -> None:
     """Train or load, score, and write the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--weights", action="append", default=[], metavar="SYSTEM=FILE")
-    parser.add_argument("--only", action="append", choices=SYSTEMS, help="systems to compare; default: all")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
-    overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    weights = {system: Path(path) for system, _, path in (text.partition("=") for text in arguments.weights)}
-    base = ms.apply_settings(ms.Config(), {"eval_size": "128,128", **overrides}, "--set")
-    store = ms.PairStore(ms.find_pairs(base.eval_low_dir, base.eval_high_dir, "eval"), base)
+    base, weights = task.base, task.weights
+    store = ms.PairStore(ms.evaluation_pairs(base), base)
     folder = ms.results_folder(base.results_dir, "comparison")
     rows: list[dict[str, Any]] = []
     shown: dict[str, dict[str, Tensor]] = {}
     twins: list[bool | None] = [None] * len(store)
-    for system in arguments.only or SYSTEMS:
+    for system in task.only:
         if system not in weights:
-            weights[system] = train(system, arguments.minutes, folder / "weights" / system, overrides)
-        model, config, runtime, checkpoint = ms.load_model(
-            str(weights[system]), {"eval_size": base.eval_size, "device": base.device}, *classes(system)
-        )
+            weights[system] = train(system, task, folder / "weights" / system)
+        settings = task.overrides | {"eval_size": base.eval_size}
+        model, config, runtime, checkpoint = ms.load_model(str(weights[system]), settings, *classes(system))
         twins = ms.training_twins(store, checkpoint)
         means, low, shown[system], high = score(model, config, runtime, store, twins)
         costs = [enhance_cost(system, weights[system], base.device) for _ in range(3)]
         seconds, memory = statistics.median(cost[0] for cost in costs), max(cost[1] for cost in costs)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         rows.append({"system": system, **{k: round(v, 4) for k, v in means.items()}, "parameters_M": round(size, 2)})
-        speed = training_speed(weights[system], config.batch_size)
+        speed = training_speed(weights[system])
         rows[-1] |= {"train_images_per_s": round(speed, 2), "seconds_600x400": seconds, "MiB_600x400": round(memory)}
         print(rows[-1], flush=True)
         ms.write_csv(folder / "comparison.csv", rows)
@@ -163,5 +196,14 @@ def main() -> None:
     print(f"{folder}: comparison.csv, comparison.md, strips/")
 
 
+def main() -> int:
+    """The comparison that the command line asks for; returns the exit status."""
+    try:
+        compare(read_command_line(__doc__, 20, {name: name for name in SYSTEMS}, eval_size="128,128"))
+    except ms.UserError as error:
+        return ms.complain(error)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

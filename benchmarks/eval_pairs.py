@@ -33,7 +33,7 @@ class Bench(NamedTuple):
 
 
 def open_bench(description: str | None) -> Bench:
-    """Reads --checkpoint and --set from the command line; eval_low_dir and eval_high_dir name the pairs."""
+    """Reads --checkpoint and --set from the command line; eval_low_dir, eval_high_dir and scenes name the pairs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(ms.RELEASE))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -41,7 +41,7 @@ def open_bench(description: str | None) -> Bench:
     try:
         settings = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
         model, config, runtime, _ = ms.load_model(arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config)
-        store = ms.PairStore(ms.find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config)
+        store = ms.PairStore(ms.evaluation_pairs(config), config)
     except ms.UserError as error:
         sys.exit(ms.complain(error))
     return Bench(model, config, runtime, store)

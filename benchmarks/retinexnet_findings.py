@@ -16,13 +16,12 @@ scene and variant, and the trained weights.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
 import torch
-from compare import markdown, train
+from compare import Task, markdown, read_command_line, train
 from scipy.ndimage import gaussian_filter
 
 import model_script as ms
@@ -77,26 +76,18 @@ def findings(model: ms.System, low: torch.Tensor, high: torch.Tensor) -> tuple[d
 
 
 @torch.no_grad()
-def main() -> None:
+def measure(task: Task) -> None:
     """Train or load each variant, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--weights", action="append", default=[], metavar="VARIANT=FILE", help="do not train this one")
-    parser.add_argument("--only", action="append", choices=VARIANTS, help="variants to run; default: all")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
-    overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    weights = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.weights)}
-    base = ms.apply_settings(ms.Config(), overrides, "--set")
-    store = ms.PairStore(ms.find_pairs(base.eval_low_dir, base.eval_high_dir, "eval"), base)
+    base, weights = task.base, task.weights
+    store = ms.PairStore(ms.evaluation_pairs(base), base)
     folder = ms.results_folder(base.results_dir, "retinexnet_findings")
     table = []
-    for name in arguments.only or VARIANTS:
+    for name in task.only:
         plain = name.replace(", ", "_")
         if name not in weights:
             with torch.enable_grad():
-                weights[name] = train("RetinexNet", arguments.minutes, folder / plain, overrides | VARIANTS[name])
-        model, *_ = ms.load_model(str(weights[name]), {"device": "cpu"}, *classes("RetinexNet"))
+                weights[name] = train("RetinexNet", task, folder / plain, VARIANTS[name])
+        model, *_ = ms.load_model(str(weights[name]), {**VARIANTS[name], "device": "cpu"}, *classes("RetinexNet"))
         rows = []
         for index in range(len(store)):
             low, high = (ms.to_tensor(pixels)[None] for pixels in store[index])
@@ -111,5 +102,14 @@ def main() -> None:
     print(markdown(table) + f"{folder}: findings.csv, *.png")
 
 
+def main() -> int:
+    """The variants that the command line asks for; returns the exit status."""
+    try:
+        measure(read_command_line(__doc__, 10, dict.fromkeys(VARIANTS, "RetinexNet")))
+    except ms.UserError as error:
+        return ms.complain(error)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

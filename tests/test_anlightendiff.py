@@ -317,6 +317,7 @@ def test_the_defaults_are_the_published_networks_and_schedule() -> None:
     config = ad.AnlightenConfig()
     assert (config.width, config.multipliers, config.timesteps) == (64, [1, 2, 2, 4, 4, 8], 100)
     assert (config.start_step, config.sampling_steps) == (0, 0)  # the paper's sampler
+    assert (config.crop_size, config.batch_size, config.learning_rate) == (160, 24, 4e-4)
     with torch.device("meta"):
         model = ad.AnlightenDiff(config)
     assert (model.predictor.stem.in_channels, model.denoiser.stem.in_channels) == (12, 6)

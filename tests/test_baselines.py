@@ -29,6 +29,8 @@ def another(key: dataclasses.Field, value: Any) -> Any:
     """An allowed value that differs."""
     if key.metadata["choices"]:
         return next(choice for choice in key.metadata["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
     if key.name == "thumbnail_size":
         return 64
     if key.name == "flow_channels":

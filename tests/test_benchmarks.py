@@ -35,7 +35,7 @@ def run(name: str, *arguments: str | Path) -> None:
     module = importlib.import_module(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        module.main()
+        assert not module.main()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +132,7 @@ def folders(data: Path) -> list[str]:
     pairs = [
         f"{part}_{kind}_dir={data / 'data' / part / kind}" for part in ("train", "val", "eval") for kind in ("low", "high")
     ]
-    places = [f"results_dir={data / 'results'}", f"log_dir={data / 'logs'}", "cache_megabytes=64"]
+    places = [f"results_dir={data / 'results'}", "cache_megabytes=64"]
     return [text for pair in pairs + places for text in ("--set", pair)]
 
 
@@ -166,6 +166,48 @@ def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys:
         low, high = (ms.resize(image, [64, 64], quantise=True).double() for image in (low, high))
         expected.append(float(-10 * ((low**0.4 - high) ** 2).mean().log10()))
     assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)  # the evaluator's is of 8 bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "0"], ["--minutes", "above 0"]),
+        (["--set", "max_minutes=3"], ["max_minutes", "leave it out"]),
+        (["--set", "trainig=join"], ["unknown key trainig"]),
+        (["--set", "eval_low_dir=nowhere"], ["nowhere"]),
+        (["--weights", "UPT-Flow=x.pth"], ["UPT-Flow", "UPTFlow"]),
+        (["--weights", "UPTFlow=x.pth"], ["x.pth"]),
+        (["--only", "Nobody"], ["Nobody"]),
+    ],
+)
+def test_mistakes_are_one_line_before_any_training(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = importlib.import_module("compare")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.ms, "Trainer", lambda *arguments: pytest.fail("it trains"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    assert_one_line_error(compare.main(), capsys.readouterr().err, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_system_are_told_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = importlib.import_module("retinexnet_findings")
+    given = f"split, transposed={ms.RELEASE}"
+    monkeypatch.setattr(sys, "argv", ["retinexnet_findings.py", "--weights", given, *folders(make_data(tmp_path, 2, 1))])
+    assert_one_line_error(findings.main(), capsys.readouterr().err, "ConditionalFlow", "RetinexNet")
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_interrupted_training_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = importlib.import_module("compare")
+    monkeypatch.setattr(compare.ms.Trainer, "fit", lambda self: 130)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *folders(make_data(tmp_path, 6, 1))])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 130
 
 
 def test_findings_on_hand_made_pictures() -> None:

@@ -8,19 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.data import default_collate
 
 import model_script as ms
 
-DATA = Path(ms.__file__).resolve().parent.parent / "shared" / "data" / "eliei"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the photographs are not in ../shared/data/eliei")
+TRAIN, EVALUATION = ROOT / ms.ARCHIVE_TRAIN, ROOT / ms.ARCHIVE_EVAL
+pytestmark = pytest.mark.skipif(
+    not (TRAIN.is_dir() and EVALUATION.is_dir()), reason="the data set's archives are not unpacked beside model_script.py"
+)
 
 
 def configured(**changes: Any) -> ms.Config:
     """The published protocol on the CPU, with a small network."""
     folders = {
-        f"{part}_{kind}_dir": str(DATA / folder / kind)
-        for part, folder in (("train", "train"), ("eval", "eval_dev"))
+        f"{part}_{kind}_dir": str(folder / kind)
+        for part, folder in (("train", TRAIN), ("eval", EVALUATION))
         for kind in ("low", "high")
     }
     return ms.apply_settings(ms.Config(), {"device": "cpu", "cache_megabytes": 0} | folders | changes, "test")
@@ -29,7 +32,7 @@ def configured(**changes: Any) -> ms.Config:
 @pytest.fixture(scope="module")
 def thumbnails() -> np.ndarray:
     """The training targets at 16x16, without reading the dark photographs."""
-    pairs = ms.find_pairs(str(DATA / "train" / "low"), str(DATA / "train" / "high"), "train")
+    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
     return np.stack([shrunk(pair.high, 16) for pair in pairs])
 
 
@@ -39,10 +42,8 @@ def shrunk(path: Path, side: int) -> np.ndarray:
 
 
 def test_all_pairs_are_found() -> None:
-    lines: list[str] = []
-    pairs = ms.find_pairs(str(DATA / "train" / "low"), str(DATA / "train" / "high"), "train", lines.append)
-    assert len(pairs) == 236
-    assert not lines  # nobody lacks a partner
+    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
+    assert len(pairs) == 236  # the archive's ten orphans, such as 20(1).png, are none
     assert [pair.low.stem for pair in pairs] == [pair.high.stem for pair in pairs]
     assert [int(pair.name) for pair in pairs] == sorted(int(pair.name) for pair in pairs)
 
@@ -54,6 +55,16 @@ def test_the_split_keeps_scenes_together(thumbnails: np.ndarray) -> None:
         assert sorted(training + validation) == list(range(len(thumbnails)))
         assert 0.05 < len(validation) / len(thumbnails) < 0.25
         assert not ms.find_twins(thumbnails[validation], thumbnails[training]).any()
+
+
+def test_the_published_numbers_are_of_these_pairs(thumbnails: np.ndarray) -> None:
+    """What README's commands name: the validation scenes of seed 0, and evaluation pairs."""
+    names = {part: (ROOT / "benchmarks" / f"{part}_scenes.txt").read_text() for part in ("validation", "evaluation")}
+    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
+    _, validation = ms.split_by_scene(thumbnails, configured())
+    assert [pair.name for pair in ms.choose_scenes(pairs, names["validation"])] == [pairs[i].name for i in validation]
+    evaluation = ms.find_pairs(str(EVALUATION / "low"), str(EVALUATION / "high"), "eval")
+    assert len(ms.choose_scenes(evaluation, names["evaluation"])) == 42
 
 
 def test_a_few_steps_lower_the_loss() -> None:

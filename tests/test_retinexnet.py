@@ -276,7 +276,7 @@ def test_ignoring_the_enhance_net_gives_the_reflectance() -> None:
 
 def run(folder: Path, *arguments: str | Path, **changes: Any) -> int:
     """A mode of the command line, in this process, with tiny settings below `folder`."""
-    settings = tiny_config(folder, channels=4, num_epochs=EPOCHS, keep_checkpoints=9, ema_decay=0.0) | changes
+    settings = tiny_config(folder, channels=4, num_epochs=EPOCHS, save_freq=1, keep_checkpoints=9, ema_decay=0.0) | changes
     path = folder / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return ms.main([*map(str, arguments), "--config", str(path)], rn.RetinexNet, rn.RetinexConfig)
@@ -386,7 +386,7 @@ def test_the_other_modes_train_and_enhance(tmp_path: Path, settings: dict[str, A
 def test_the_demo_compares_it_with_gamma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ms, "DEMO_TRAIN", ("coffee", "chelsea"))
     monkeypatch.setattr(ms, "DEMO_TEST", ("rocket",))
-    small = ["--set=image_size=32,32", "--set=num_epochs=1", "--set=thumbnail_size=32"]
+    small = ["--set=image_size=32,32", "--set=num_epochs=1"]
     assert run(tmp_path, "--mode", "demo", *small) == 0
     (table,) = (tmp_path / "results").glob("demo_*/demo.csv")
     assert "ours" in table.read_text()
@@ -412,3 +412,33 @@ def test_the_recipe_names_only_known_keys() -> None:
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/retinexnet", "logs")
     published = {key.name: getattr(config, key.name) for key in dataclasses.fields(rn.RetinexConfig)}
     assert published | {"training": "join", "channels": 64, "decom_lr": 0.001, "relight_lr": 0.001} == published
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = rn.RetinexConfig()
+    assert (config.training, config.channels, config.decom_lr, config.relight_lr) == ("split", 64, 1e-3, 1e-3)
+    assert (config.num_epochs, config.save_freq) == (20, 10)
+    assert (config.weight_decay, config.ema_decay) == (0, 0)  # Adam, and its own weights
+
+
+@pytest.mark.parametrize("wish", ["samples=4", "uncertainty=true", "temperature=1", "learning_rate=0.1"])
+def test_a_key_that_changes_nothing_is_refused(wish: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_line_error(
+        run(tmp_path, "--mode", "train", "--set", wish), capsys.readouterr().err, wish.split("=")[0], "nothing"
+    )
+
+
+def test_such_a_key_in_a_shared_config_file_is_let_pass(tmp_path: Path) -> None:
+    shared = tmp_path / "shared.json"
+    shared.write_text('{"samples": 4, "uncertainty": true, "batch_size": 3}', encoding="utf-8")
+    settings = ms.parse_command_line(["--mode", "train", "--config", str(shared)], rn.RetinexConfig).settings
+    assert settings == {"batch_size": 3}
+
+
+def test_help_names_its_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ms.main(["--help"], rn.RetinexNet, rn.RetinexConfig)
+    shown = capsys.readouterr().out
+    assert "with RetinexNet." in shown and "model_script.py" not in shown and "normalizing flow" not in shown
+    assert "python -m baselines.retinexnet --mode train    --config baselines/retinexnet.json" in shown
+    assert "default: best_model.pth in checkpoint_dir" in " ".join(shown.split())

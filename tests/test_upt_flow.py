@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from cli_tools import assert_one_line_error, differing, make_data, tiny_config
 from conftest import ROOT, randomise
 from PIL import Image
@@ -310,6 +311,26 @@ def test_feed_forwards_and_channel_gate_are_their_equations() -> None:
     torch.testing.assert_close(gate(x), x / (1 + torch.exp(-mixed))[:, :, None, None])
 
 
+def test_blocks_of_both_branches_add_their_parts_to_what_they_are_given() -> None:
+    x, embedding = pixels(2, 8, 8, 8).float(), pixels(2, 8, 8, 8, seed=1).float()
+
+    def normal(norm: upt.ChannelNorm, x: Tensor) -> Tensor:
+        mean, variance = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    block = randomise(upt.LocalBlock(8, 2, 4, 2), 0.3)
+    attended = x + block.attention(normal(block.norm, x), embedding)
+    norm, enter, conv, _, leave, gate = block.feed
+    fed = leave(F.gelu(conv(enter(normal(norm, attended)))))
+    around = F.pad(fed.mean((2, 3)), (1, 1))
+    mixed = sum(weight * around[:, place : place + 8] for place, weight in enumerate(gate.mix.weight.flatten()))
+    torch.testing.assert_close(block(x, embedding), attended + fed * mixed.sigmoid()[..., None, None])
+
+    whole = randomise(upt.GlobalBlock(8, 2), 0.3)
+    attended = x + whole.attend[1](normal(whole.attend[0], x))
+    torch.testing.assert_close(whole(x), attended + whole.feed[1](normal(whole.feed[0], attended)))
+
+
 def test_a_stage_adds_its_branches_to_one_another() -> None:
     torch.manual_seed(0)
     stage = randomise(upt.Stage(8, 2, 2, small_config(encoder_blocks=2)), 0.3).double()
@@ -415,6 +436,28 @@ def test_map_alone_guides_every_stage() -> None:
     for (features, embedding), (others, same) in zip(seen[:7], seen[7:], strict=True):
         assert torch.equal(embedding, same) and not torch.equal(features, others)
         assert embedding.shape == features.shape and embedding.std() > 0
+
+
+def test_features_and_map_go_down_and_up_through_the_same_convolutions() -> None:
+    encoder, balance = randomise(upt.MSFormer(3, small_config()), 0.1), (pixels(1, 1, 16, 16) > 0.5).float()
+    stages = [*encoder.encoders, encoder.bottom, *encoder.decoders]
+    given: dict[torch.nn.Module, tuple[Tensor, ...]] = {}
+    made: dict[torch.nn.Module, Tensor] = {}
+    for module in (*stages, *encoder.merges):
+        module.register_forward_pre_hook(lambda module, inputs: given.update({module: inputs}))
+        module.register_forward_hook(lambda module, inputs, output: made.update({module: output}))
+    encoder(pixels(1, 3, 16, 16).float(), balance)
+    assert torch.equal(given[stages[0]][1], balance.expand_as(given[stages[0]][0]))
+    for above, shrink, below in zip(stages[:3], encoder.downs, stages[1:4], strict=True):
+        torch.testing.assert_close(given[below][0], shrink(made[above]))
+        torch.testing.assert_close(given[below][1], shrink(given[above][1]))
+    for number, (grow, merge) in enumerate(zip(encoder.ups, encoder.merges, strict=True)):
+        below, skip, decode = stages[3 + number], encoder.encoders[2 - number], encoder.decoders[number]
+        torch.testing.assert_close(given[merge][0], torch.cat([grow(made[below]), made[skip]], 1))
+        torch.testing.assert_close(given[decode][0], made[merge])
+        grown = grow(given[below][1])
+        copies = given[decode][0].shape[1] // grown.shape[1]
+        torch.testing.assert_close(given[decode][1], torch.cat([grown] * copies, 1))
 
 
 def test_windows_are_shifted_in_every_other_block() -> None:
@@ -606,7 +649,7 @@ def test_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "weights of UPTFlow, not of ConditionalFlow" in capsys.readouterr().err
     monkeypatch.setattr(ms, "DEMO_TRAIN", ms.DEMO_TRAIN[:1])
     monkeypatch.setattr(ms, "DEMO_TEST", ms.DEMO_TEST[:1])
-    quick = ["flow_channels=8", "image_size=32,32", "thumbnail_size=32", "num_epochs=1"]
+    quick = ["flow_channels=8", "image_size=32,32", "num_epochs=1"]
     assert run("demo", tmp_path, settings, *(word for text in quick for word in ("--set", text))) == 0
 
 
