@@ -3296,18 +3296,22 @@ def export(arguments: argparse.Namespace, model_class: type[System], config_clas
     enhancer = Enhancer(model)
     sides = {2: torch.export.Dim("height", min=16, max=65536), 3: torch.export.Dim("width", min=16, max=65536)}
     with atomic_path(target) as temporary, torch.no_grad(), quiet():
-        torch.onnx.export(
-            enhancer,
-            (torch.rand(1, 3, 120, 168),),
-            temporary,
-            input_names=["low"],
-            output_names=["enhanced"],
-            dynamic_shapes={"low": sides},
-            opset_version=20,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                enhancer,
+                (torch.rand(1, 3, 120, 168),),
+                temporary,
+                input_names=["low"],
+                output_names=["enhanced"],
+                dynamic_shapes={"low": sides},
+                opset_version=20,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError:
+            name = system_of(model_class)
+            raise UserError(f"--mode export: ONNX cannot express what {name} computes; use --mode enhance") from None
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         generator = torch.Generator().manual_seed(0)
         for height, width in EXPORT_SIZES:

@@ -81,5 +81,14 @@ def test_missing_packages_are_named(
     assert_one_line_error(export(checkpoint, tmp_path / "e.onnx"), capsys.readouterr().err, "pip install", name)
 
 
+def test_what_onnx_cannot_express_is_one_line(
+    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ms.Enhancer, "forward", lambda self, low: low + torch.linalg.svdvals(low).sum())
+    status = export(checkpoint, tmp_path / "e.onnx")
+    assert_one_line_error(status, capsys.readouterr().err, "--mode export", "ConditionalFlow", "--mode enhance")
+    assert files_under(tmp_path) == set()
+
+
 def test_another_suffix_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_one_line_error(export(checkpoint, tmp_path / "e.pt"), capsys.readouterr().err, ".onnx")
