@@ -83,7 +83,7 @@ MUTANTS = [
     ),
     Mutant("a, b = (np.sort(image.reshape(-1, 3), axis=0)", "a, b = (np.sort(image.reshape(-1, 3), axis=1)", METRICS),
     Mutant("np.clip(enhanced * ((high @ GREY).mean()", "np.clip(enhanced + ((high @ GREY).mean()", METRICS),
-    Mutant(".min() <= tolerance", ".max() <= tolerance", DATA),
+    Mutant(".min() <= tolerance", ".max() <= tolerance", METRICS),
     # training and resuming
     Mutant(
         "rng = np.random.default_rng((self.config.seed, epoch, index))",
