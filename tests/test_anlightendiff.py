@@ -643,3 +643,9 @@ def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "baselines.anlightendiff", "--mode", "train", "--config", str(recipe), "--set", "widht=8"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert_one_line_error(done.returncode, done.stderr, "unknown key widht", "width")
+
+
+def test_levels_without_end_are_refused() -> None:
+    assert len(ad.AnlightenConfig(multipliers=[1] * 8).multipliers) == 8
+    with pytest.raises(ms.UserError, match="at most 8 levels, got 9"):
+        ad.AnlightenConfig(multipliers=[1] * 9)
