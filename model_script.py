@@ -39,6 +39,7 @@ import os
 import pickletools
 import random
 import re
+import shutil
 import struct
 import sys
 import time
@@ -104,6 +105,7 @@ class Config:
     # run
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     use_amp: bool = knob(False, "mixed precision: bf16 where the processor has it, else fp16 on CUDA, else fp32")
+    compile: bool = knob(False, "training by torch.compile: a tenth faster on CPU, after a minute; needs a C++ compiler")
     num_workers: int = knob(0, "data loading processes; 0 loads in the main one", low=0, high=64)
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
     seed: int = knob(0, "seed of the split, the weights, the augmentation and every sample", low=0, high=2**31 - 1)
@@ -2119,6 +2121,14 @@ class LossModule(nn.Module):
         return self.model.losses(batch)
 
 
+def compiled(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` by torch.compile, with the random numbers that it draws without. Raises UserError without a C++ compiler."""
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # PyTorch's choice
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"compile: needs a C++ compiler, and {compiler} is not here; install it or use --set compile=false")
+    return cast(nn.Module, torch.compile(module, options={"fallback_random": True}))
+
+
 def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[list[Any], float]]:
     """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its share of the batch.
 
@@ -2168,6 +2178,8 @@ class Trainer:
         if processes() > 1:
             # a term of weight 0, or training in stages, leaves parameters without gradient
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
+        if config.compile:
+            self.parallel = compiled(self.parallel, self.runtime.device)
 
     # state ------------------------------------------------------------------------------------------------------------
 
@@ -3357,6 +3369,8 @@ def main(
         where = error.filename or "the output"
         return complain(UserError(f"{where}: {error.strerror or error}; check the folder and the free space"))
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return complain(RunError(f"compile: {str(error).splitlines()[0]}; use --set compile=false"))
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         return complain(RunError("another process of this job stopped; see its message"))

@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from enhance_speed import MEGAPIXELS, write_picture
@@ -135,16 +135,15 @@ def make_trainers(device: str, folder: Path) -> dict[str, Any]:
     wanted: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {
         f"{system}, {Path(recipe).stem}": (system, recipe, (SMALL, SMALL), small) for system, (*_, recipe) in SYSTEMS.items()
     }
-    variants = [RELEASED, f"{RELEASED}, {PLAIN}"] + ([f"{RELEASED}, {COMPILED}"] if compiles() else [])
-    wanted |= {label: ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {}) for label in variants}
+    wanted |= {label: ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {}) for label in (RELEASED, f"{RELEASED}, {PLAIN}")}
+    if compiles():
+        wanted[f"{RELEASED}, {COMPILED}"] = ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {"compile": True})
     made: dict[str, Any] = {}
     for place, (label, (system, recipe, size, changes)) in enumerate(wanted.items()):
         trainer = made[label] = trainer_on_noise(recipe, size, folder / str(place), system, device=device, **changes)
         trainer.model.train()
         if label.endswith(PLAIN):
             trainer.model.to(memory_format=torch.contiguous_format)
-        if label.endswith(COMPILED):
-            trainer.parallel = cast(torch.nn.Module, torch.compile(trainer.parallel))
     return made
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from cli_tools import (
     main_with,
     make_data,
     make_pairs,
+    run_script,
     start_script,
     stop_when,
     tiny_config,
@@ -170,6 +172,45 @@ def test_resuming_a_stopped_process_equals_the_uninterrupted_run(
     assert resume(checkpoint, tmp_path) == 0
     last = f"ckpt/checkpoint_epoch_{EPOCHS}.pth"
     assert not differing(state(straight / last), state(tmp_path / last))
+
+
+@pytest.mark.slow  # a minute and a half of compilation
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_training_has_the_same_losses(data: Path, tmp_path: Path) -> None:
+    """Over 20 steps, dropout and dequantisation noise included."""
+    curves = []
+    for compiled in (False, True):
+        trainer = ms.Trainer(ms.Config(**settings_in(data, tmp_path, compile=compiled, global_dropout=0.5)), ms.ConditionalFlow)
+        assert hasattr(trainer.parallel, "_orig_mod") == compiled
+        trainer.model.train()
+        batches = trainer._loader([[ms.Draw(0, step % STEPS)] for step in range(20)])
+        curves.append([trainer._train_step([(batch, 1.0)])[0] for batch in batches])
+    for eager, other in zip(*curves, strict=True):
+        assert other.pop("nll") == pytest.approx(eager.pop("nll"), abs=1e-3)
+        assert other == pytest.approx(eager, abs=5e-5)  # other noise changes them by 1e-3
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main_with("train", settings_in(data, tmp_path, compile=True)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: compile: needs a C++ compiler, and no-such-compiler is not here")
+    assert "--set compile=false" in error
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_compiler_that_fails_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    config = write_config(tmp_path, **settings_in(data, tmp_path, compile=True))
+    done = run_script("--mode", "train", "--config", config, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: compile: ")
+    assert error.endswith("; use --set compile=false")
 
 
 def test_resuming_weights_without_training_state_is_one_line(
