@@ -2121,11 +2121,16 @@ class LossModule(nn.Module):
         return self.model.losses(batch)
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that torch.compile calls on the processor."""
+    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+
+
 def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` by torch.compile, with the random numbers that it draws without. Raises UserError without a C++ compiler."""
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # PyTorch's choice
-    if device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(f"compile: needs a C++ compiler, and {compiler} is not here; install it or use --set compile=false")
+    if device.type == "cpu" and not shutil.which(cpp_compiler()):
+        lacking = f"{cpp_compiler()} is not here; install it or use --set compile=false"
+        raise UserError(f"compile: needs a C++ compiler, and {lacking}")
     return cast(nn.Module, torch.compile(module, options={"fallback_random": True}))
 
 

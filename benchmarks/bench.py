@@ -93,7 +93,9 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
 @functools.cache
 def compiles() -> bool:
     """Whether torch.compile has the C++ compiler that it needs; says so when not."""
-    found = bool(shutil.which("g++") or shutil.which("clang++"))
+    import model_script as ms
+
+    found = bool(shutil.which(ms.cpp_compiler()))
     if not found:
         print(f"{COMPILED} is left out: it needs a C++ compiler")
     return found

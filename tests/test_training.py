@@ -175,7 +175,7 @@ def test_resuming_a_stopped_process_equals_the_uninterrupted_run(
 
 
 @pytest.mark.slow  # a minute and a half of compilation
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.skipif(not shutil.which(ms.cpp_compiler()), reason="no C++ compiler")
 def test_compiled_training_has_the_same_losses(data: Path, tmp_path: Path) -> None:
     """Over 20 steps, dropout and dequantisation noise included."""
     curves = []
