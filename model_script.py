@@ -1,6 +1,7 @@
 """Colour-true enhancement of dark, infrared-tinted photographs with a conditional normalizing flow.
 
-One script: data -> model -> losses -> training -> evaluation -> enhancement -> demo -> command line.
+One script: data -> model -> losses -> training -> evaluation -> enhancement -> demo -> command
+line.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -13,10 +14,11 @@ Model: p(high | low) by an exact bijection high <-> z under the prior N(mu(low),
 Enhancement decodes z = mu(low); sampling around mu gives alternatives.
 
 References
-    Dinh et al., Density estimation using Real NVP, ICLR 2017: affine couplings, squeezes, logit mapping
-    Kingma & Dhariwal, Glow, NeurIPS 2018: invertible 1x1 convolutions with an LU factorisation
-    Wang et al., Low-Light Image Enhancement with Normalizing Flow (LLFlow), AAAI 2022: conditional prior mean
-    Wang et al., Enhancing Low-Light Images Using Infrared-Encoded Images (ELIEI), ICIP 2023: data, colour loss
+    Dinh et al., Density estimation using Real NVP, ICLR 2017: affine couplings, squeezes, logit
+    mapping Kingma & Dhariwal, Glow, NeurIPS 2018: invertible 1x1 convolutions with an LU
+    factorisation Wang et al., Low-Light Image Enhancement with Normalizing Flow (LLFlow), AAAI
+    2022: conditional prior mean Wang et al., Enhancing Low-Light Images Using Infrared-Encoded
+    Images (ELIEI), ICIP 2023: data, colour loss
 """
 
 from __future__ import annotations
@@ -47,21 +49,35 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and tests read it here.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and
+# tests read it here.
+# --------------------------------------------------------------------------------------------------
 
 RELEASE = Path(__file__).resolve().parent / "checkpoints" / "best_model.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 LONGEST_CONFIG = 1_000_000  # characters
-FOLDER_KEYS = ("train_low_dir", "train_high_dir", "val_low_dir", "val_high_dir", "eval_low_dir", "eval_high_dir")
+FOLDER_KEYS = (
+    "train_low_dir",
+    "train_high_dir",
+    "val_low_dir",
+    "val_high_dir",
+    "eval_low_dir",
+    "eval_high_dir",
+)
 
 
 class UserError(Exception):
@@ -85,7 +101,8 @@ def knob(
     choices: Sequence[str] | None = None,
     architecture: bool = False,
 ) -> Any:
-    """A config field with its documentation, its allowed range and whether it shapes the network's weights."""
+    """A config field with its documentation, its allowed range and whether it shapes the network's
+    weights."""
     metadata = dict(meaning=meaning, low=low, high=high, choices=choices, architecture=architecture)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -94,9 +111,11 @@ def knob(
 
 @dataclass
 class Config:
-    """Every setting of every mode. Twelve keys are the published CPU recipe's and keep its names and meaning."""
+    """Every setting of every mode. Twelve keys are the published CPU recipe's and keep its names
+    and meaning."""
 
-    # what another system says otherwise, for --help: its name, how it is called, its recipe, the shared keys it cannot use
+    # what another system says otherwise, for --help: its name, how it is called, its recipe, the
+    # shared keys it cannot use
     method: ClassVar[str] = "a conditional normalizing flow"
     program: ClassVar[str] = "model_script.py"
     recipe: ClassVar[str] = "cpu_train_config.json"
@@ -104,31 +123,60 @@ class Config:
 
     # run
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    use_amp: bool = knob(False, "mixed precision: bf16 where the processor has it, else fp16 on CUDA, else fp32")
-    compile: bool = knob(False, "training by torch.compile: a tenth faster on CPU, after a minute; needs a C++ compiler")
+    use_amp: bool = knob(
+        False, "mixed precision: bf16 where the processor has it, else fp16 on CUDA, else fp32"
+    )
+    compile: bool = knob(
+        False,
+        "training by torch.compile: a tenth faster on CPU, after a minute; needs a C++ compiler",
+    )
     num_workers: int = knob(0, "data loading processes; 0 loads in the main one", low=0, high=64)
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
-    seed: int = knob(0, "seed of the split, the weights, the augmentation and every sample", low=0, high=2**31 - 1)
+    seed: int = knob(
+        0,
+        "seed of the split, the weights, the augmentation and every sample",
+        low=0,
+        high=2**31 - 1,
+    )
     # data
     train_low_dir: str = knob(f"{ARCHIVE_TRAIN}/low", "dark training photographs")
     train_high_dir: str = knob(f"{ARCHIVE_TRAIN}/high", "their targets, paired by file stem")
-    val_low_dir: str = knob("", "dark validation photographs; empty: split off the training pairs by scene")
+    val_low_dir: str = knob(
+        "", "dark validation photographs; empty: split off the training pairs by scene"
+    )
     val_high_dir: str = knob("", "their targets")
-    eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs, never used to choose anything")
+    eval_low_dir: str = knob(
+        f"{ARCHIVE_EVAL}/low", "dark evaluation photographs, never used to choose anything"
+    )
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets")
-    val_fraction: float = knob(0.1, "share of the training pairs held out for validation, whole scenes", low=0.0, high=0.9)
+    val_fraction: float = knob(
+        0.1, "share of the training pairs held out for validation, whole scenes", low=0.0, high=0.9
+    )
     scene_similarity: float = knob(
-        0.85, "correlation of two targets' thumbnails from which they count as one scene", low=0.0, high=1.0
+        0.85,
+        "correlation of two targets' thumbnails from which they count as one scene",
+        low=0.0,
+        high=1.0,
     )
     on_bad_file: str = knob(
-        "error", "an unreadable file or unequal pair stops the run, or is listed and left out", choices=("error", "skip")
+        "error",
+        "an unreadable file or unequal pair stops the run, or is listed and left out",
+        choices=("error", "skip"),
     )
-    cache_megabytes: int = knob(1024, "memory for decoded pictures; further ones are read on demand", low=0, high=1_000_000)
+    cache_megabytes: int = knob(
+        1024, "memory for decoded pictures; further ones are read on demand", low=0, high=1_000_000
+    )
     image_size: list[int] = knob(
-        [128, 128], "height,width to which whole pictures are resized (published protocol)", low=16, high=8192
+        [128, 128],
+        "height,width to which whole pictures are resized (published protocol)",
+        low=16,
+        high=8192,
     )
     crop_size: int = knob(
-        0, "side of the native-resolution training crops, a multiple of 8; 0: resize to image_size", low=0, high=4096
+        0,
+        "side of the native-resolution training crops, a multiple of 8; 0: resize to image_size",
+        low=0,
+        high=4096,
     )
     crop_scales: list[float] = knob(
         [1.0, 0.5, 0.0],
@@ -137,62 +185,131 @@ class Config:
         high=1.0,
     )
     whole_share: float = knob(
-        0.0, "with crop_size: share of the batches that show whole pictures at image_size instead", low=0.0, high=1.0
+        0.0,
+        "with crop_size: share of the batches that show whole pictures at image_size instead",
+        low=0.0,
+        high=1.0,
     )
     window_min: float = knob(
-        0.45, "augmentation: smallest share of each side that plays the whole picture; 1: off", low=0.1, high=1.0
+        0.45,
+        "augmentation: smallest share of each side that plays the whole picture; 1: off",
+        low=0.1,
+        high=1.0,
     )
     flips: bool = knob(True, "augmentation: mirror, and transpose square inputs")
-    exposure_gain: float = knob(0.3, "augmentation: random gain on low, in stops either way", low=0.0, high=4.0)
-    channel_gain: float = knob(0.05, "augmentation: random gain per colour channel of low, relative", low=0.0, high=0.9)
+    exposure_gain: float = knob(
+        0.3, "augmentation: random gain on low, in stops either way", low=0.0, high=4.0
+    )
+    channel_gain: float = knob(
+        0.05, "augmentation: random gain per colour channel of low, relative", low=0.0, high=0.9
+    )
     # model
     flow_channels: int = knob(
-        96, "hidden width of the couplings and base width of the branches", low=8, high=1024, architecture=True
+        96,
+        "hidden width of the couplings and base width of the branches",
+        low=8,
+        high=1024,
+        architecture=True,
     )
-    num_flow_blocks: int = knob(2, "flow steps at each of the two scales", low=1, high=64, architecture=True)
-    thumbnail_size: int = knob(128, "side of the thumbnail that the global branch sees", low=32, high=512, architecture=True)
+    num_flow_blocks: int = knob(
+        2, "flow steps at each of the two scales", low=1, high=64, architecture=True
+    )
+    thumbnail_size: int = knob(
+        128,
+        "side of the thumbnail that the global branch sees",
+        low=32,
+        high=512,
+        architecture=True,
+    )
     global_dropout: float = knob(0.1, "channel dropout inside the global branch", low=0.0, high=0.9)
     # losses
-    nll_weight: float = knob(0.5, "weight of the negative log-likelihood, in bits per dimension", low=0.0, high=1e6)
+    nll_weight: float = knob(
+        0.5, "weight of the negative log-likelihood, in bits per dimension", low=0.0, high=1e6
+    )
     l1_weight: float = knob(10.0, "weight of |enhanced - high|", low=0.0, high=1e6)
     ssim_weight: float = knob(1.0, "weight of 1 - SSIM(enhanced, high)", low=0.0, high=1e6)
-    colour_weight: float = knob(2.0, "weight of the Wasserstein distance between colour histograms", low=0.0, high=1e6)
+    colour_weight: float = knob(
+        2.0, "weight of the Wasserstein distance between colour histograms", low=0.0, high=1e6
+    )
     histogram_bins: int = knob(64, "bins of the colour histograms", low=2, high=1024)
-    histogram_kernel: str = knob("triangle", "soft assignment of a value to bins", choices=("triangle", "inverse_quadratic"))
-    histogram_sigma: float = knob(0.002, "width of the inverse_quadratic kernel 1 / (1 + (d / sigma)^2)", low=1e-6, high=100.0)
-    histogram_size: int = knob(40, "side to which pictures are averaged before their histogram", low=1, high=4096)
+    histogram_kernel: str = knob(
+        "triangle", "soft assignment of a value to bins", choices=("triangle", "inverse_quadratic")
+    )
+    histogram_sigma: float = knob(
+        0.002, "width of the inverse_quadratic kernel 1 / (1 + (d / sigma)^2)", low=1e-6, high=100.0
+    )
+    histogram_size: int = knob(
+        40, "side to which pictures are averaged before their histogram", low=1, high=4096
+    )
     # training
-    batch_size: int = knob(1, "pictures or crops per step, of all processes together", low=1, high=4096)
-    accumulate: int = knob(1, "parts in which a process works off its share of a batch, to save memory", low=1, high=4096)
+    batch_size: int = knob(
+        1, "pictures or crops per step, of all processes together", low=1, high=4096
+    )
+    accumulate: int = knob(
+        1,
+        "parts in which a process works off its share of a batch, to save memory",
+        low=1,
+        high=4096,
+    )
     num_epochs: int = knob(30, "passes over the training pairs", low=1, high=1_000_000)
-    max_minutes: float = knob(0.0, "stop cleanly after this many minutes of training; 0: no limit", low=0.0, high=1e6)
+    max_minutes: float = knob(
+        0.0, "stop cleanly after this many minutes of training; 0: no limit", low=0.0, high=1e6
+    )
     learning_rate: float = knob(2e-4, "peak learning rate of AdamW", low=1e-8, high=1.0)
-    warmup_steps: int = knob(100, "steps of linear warm-up, then cosine decay to 1 % of the peak", low=0, high=10_000_000)
+    warmup_steps: int = knob(
+        100, "steps of linear warm-up, then cosine decay to 1 % of the peak", low=0, high=10_000_000
+    )
     weight_decay: float = knob(1e-4, "decoupled weight decay of AdamW", low=0.0, high=1.0)
     gradient_clip: float = knob(1.0, "largest norm of the gradient", low=1e-6, high=1e6)
     ema_decay: float = knob(
-        0.997, "decay of the averaged weights that are validated and saved as best; 0: off", low=0.0, high=0.999999
+        0.997,
+        "decay of the averaged weights that are validated and saved as best; 0: off",
+        low=0.0,
+        high=0.999999,
     )
     val_freq: int = knob(1, "epochs between validations", low=1, high=1_000_000)
     save_freq: int = knob(1, "epochs between checkpoints", low=1, high=1_000_000)
     keep_checkpoints: int = knob(3, "newest epoch checkpoints kept", low=1, high=1_000_000)
     init_from: str = knob("", "checkpoint whose weights a new training starts from")
     # evaluation and enhancement
-    scenes: str = knob("", "evaluate: only the pairs of these file stems, separated by commas; empty: all")
-    eval_size: str = knob("auto", "native, or height,width; auto: native for models trained on crops, else image_size")
+    scenes: str = knob(
+        "", "evaluate: only the pairs of these file stems, separated by commas; empty: all"
+    )
+    eval_size: str = knob(
+        "auto", "native, or height,width; auto: native for models trained on crops, else image_size"
+    )
     temperature: float = knob(
-        0.0, "spread of the latent around its mean, in prior deviations; 0: the one best answer", low=0.0, high=10.0
+        0.0,
+        "spread of the latent around its mean, in prior deviations; 0: the one best answer",
+        low=0.0,
+        high=10.0,
     )
-    samples: int = knob(0, "enhance: alternatives to draw beside the best answer (temperature 1 where it is 0)", low=0, high=64)
+    samples: int = knob(
+        0,
+        "enhance: alternatives to draw beside the best answer (temperature 1 where it is 0)",
+        low=0,
+        high=64,
+    )
     uncertainty: bool = knob(
-        False, "enhance: also write the standard deviation over samples (over 16 where samples is below 2)"
+        False,
+        "enhance: also write the standard deviation over samples (over 16 where samples is"
+        " below 2)",
     )
-    exposure: float = knob(0.0, "enhance: brighten (or darken, below 0) the result, in stops", low=-6.0, high=6.0)
+    exposure: float = knob(
+        0.0, "enhance: brighten (or darken, below 0) the result, in stops", low=-6.0, high=6.0
+    )
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again what is already done")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", low=1, high=100)
-    tile_size: int = knob(0, "enhance: side of a large picture's tiles, a multiple of 8; 0: by memory", low=0, high=65536)
-    memory_megabytes: int = knob(600, "enhance: memory for the work on one tile", low=64, high=1_000_000)
+    tile_size: int = knob(
+        0,
+        "enhance: side of a large picture's tiles, a multiple of 8; 0: by memory",
+        low=0,
+        high=65536,
+    )
+    memory_megabytes: int = knob(
+        600, "enhance: memory for the work on one tile", low=64, high=1_000_000
+    )
     # output
     checkpoint_dir: str = knob("checkpoints", "where weights go")
     log_dir: str = knob("logs", "where TensorBoard logs go")
@@ -202,7 +319,16 @@ class Config:
 # what only the user of a checkpoint says, never the checkpoint: it may be a stranger's
 USE_KEYS = (
     *("device", "num_workers", "cache_megabytes", "results_dir"),
-    *("samples", "uncertainty", "exposure", "reference", "overwrite", "quality", "tile_size", "memory_megabytes"),
+    *(
+        "samples",
+        "uncertainty",
+        "exposure",
+        "reference",
+        "overwrite",
+        "quality",
+        "tile_size",
+        "memory_megabytes",
+    ),
 )
 
 # what another system may have no use for, and names in its `unused`
@@ -223,9 +349,12 @@ def allowed(key: dataclasses.Field) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON in at most 80 characters; what is nested or of a foreign type, and may have no end, by its type."""
+    """A value as JSON in at most 80 characters; what is nested or of a foreign type, and may have
+    no end, by its type."""
     items = value if isinstance(value, list) else [value]
-    plain = len(items) < 10 and all(item is None or isinstance(item, (str, int, float)) for item in items)
+    plain = len(items) < 10 and all(
+        item is None or isinstance(item, (str, int, float)) for item in items
+    )
     text = json.dumps(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -244,7 +373,8 @@ def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
     def number(item: Any) -> Any:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             raise problem
-        if not key.metadata["low"] <= item <= key.metadata["high"]:  # false for NaN; before int(), which infinity breaks
+        # false for NaN; before int(), which infinity breaks
+        if not key.metadata["low"] <= item <= key.metadata["high"]:
             raise problem
         if "int" in key.type and item != int(item):
             raise problem
@@ -266,20 +396,25 @@ def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
 
 
 def apply_settings(config: Config, settings: dict[str, Any], source: str) -> Config:
-    """A copy of `config` with `settings` typed, range-checked and put in; `source` names where they came from."""
+    """A copy of `config` with `settings` typed, range-checked and put in; `source` names where they
+    came from."""
     merged = dataclasses.replace(config, **typed_settings(config, settings, source))
     check_together(merged, source)
     return merged
 
 
 def typed_settings(config: Config, settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """`settings` as the types of `config`'s keys. Raises UserError for an unknown key or a value that is not allowed."""
+    """`settings` as the types of `config`'s keys. Raises UserError for an unknown key or a value
+    that is not allowed."""
     keys = {key.name: key for key in dataclasses.fields(config)}
     changes = {}
     for name, value in settings.items():
         if name not in keys:
             nearest = difflib.get_close_matches(name[:80], keys, n=1, cutoff=0.0)[0]
-            raise UserError(f"{source}: unknown key {name[:80]}; the nearest is {nearest} ({allowed(keys[nearest])})")
+            raise UserError(
+                f"{source}: unknown key {name[:80]}; the nearest is {nearest}"
+                f" ({allowed(keys[nearest])})"
+            )
         changes[name] = coerce(keys[name], value, source)
     return changes
 
@@ -287,21 +422,41 @@ def typed_settings(config: Config, settings: dict[str, Any], source: str) -> dic
 def check_together(config: Config, source: str) -> None:
     """Rules that no single key can state."""
     if len(config.image_size) != 2:
-        raise UserError(f"{source}: image_size must be two integers in [16, 8192], height and width, got {config.image_size}")
+        raise UserError(
+            f"{source}: image_size must be two integers in [16, 8192], height and width, got"
+            f" {config.image_size}"
+        )
     if config.crop_size % 8 or 0 < config.crop_size < 32:
-        raise UserError(f"{source}: crop_size must be 0 or a multiple of 8 in [32, 4096], got {config.crop_size}")
+        raise UserError(
+            f"{source}: crop_size must be 0 or a multiple of 8 in [32, 4096], got"
+            f" {config.crop_size}"
+        )
     if config.thumbnail_size % 16:
-        raise UserError(f"{source}: thumbnail_size must be a multiple of 16 in [32, 512], got {config.thumbnail_size}")
+        raise UserError(
+            f"{source}: thumbnail_size must be a multiple of 16 in [32, 512], got"
+            f" {config.thumbnail_size}"
+        )
     if config.flow_channels % 8:
-        raise UserError(f"{source}: flow_channels must be a multiple of 8 in [8, 1024], got {config.flow_channels}")
+        raise UserError(
+            f"{source}: flow_channels must be a multiple of 8 in [8, 1024], got"
+            f" {config.flow_channels}"
+        )
     if bool(config.val_low_dir) != bool(config.val_high_dir):
         raise UserError(f"{source}: val_low_dir and val_high_dir must be given together")
     if not config.val_low_dir and config.val_fraction == 0:
-        raise UserError(f"{source}: val_fraction must be above 0 unless val_low_dir and val_high_dir name a validation set")
+        raise UserError(
+            f"{source}: val_fraction must be above 0 unless val_low_dir and val_high_dir name a"
+            " validation set"
+        )
     if config.nll_weight == config.l1_weight == config.ssim_weight == config.colour_weight == 0:
-        raise UserError(f"{source}: one of nll_weight, l1_weight, ssim_weight and colour_weight must be above 0")
+        raise UserError(
+            f"{source}: one of nll_weight, l1_weight, ssim_weight and colour_weight must be above 0"
+        )
     if config.tile_size % 8 or 0 < config.tile_size < 64:
-        raise UserError(f"{source}: tile_size must be 0 or a multiple of 8 in [64, 65536], got {config.tile_size}")
+        raise UserError(
+            f"{source}: tile_size must be 0 or a multiple of 8 in [64, 65536], got"
+            f" {config.tile_size}"
+        )
     parse_eval_size(config.eval_size, source)
 
 
@@ -317,11 +472,14 @@ def parse_eval_size(text: str, source: str = "eval_size") -> tuple[int, int] | N
     parts = text.strip("[]").split(",")
     if len(parts) == 2 and all(is_side(part.strip()) for part in parts):
         return int(parts[0]), int(parts[1])
-    raise UserError(f"{source}: eval_size must be auto, native or height,width in [16, 8192], got {text!r}")
+    raise UserError(
+        f"{source}: eval_size must be auto, native or height,width in [16, 8192], got {text!r}"
+    )
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """The settings of a JSON config file, unchecked. Raises UserError for an unreadable file or one that is no object."""
+    """The settings of a JSON config file, unchecked. Raises UserError for an unreadable file or one
+    that is no object."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = set()
@@ -335,10 +493,14 @@ def read_config_file(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as stream:
             text = stream.read(LONGEST_CONFIG + 1)
         if len(text) > LONGEST_CONFIG:
-            raise UserError(f"{path}: longer than a config can be; name a JSON file with the keys of --help")
+            raise UserError(
+                f"{path}: longer than a config can be; name a JSON file with the keys of --help"
+            )
         settings = json.loads(text, object_pairs_hook=refuse_duplicates)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the config ({error.strerror}); name an existing JSON file") from None
+        raise UserError(
+            f"{path}: cannot read the config ({error.strerror}); name an existing JSON file"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is JSON") from None
     except (ValueError, RecursionError) as error:
@@ -370,9 +532,12 @@ examples
   train      python {program} --mode train    --config {recipe}
   resume     python {program} --mode train    --resume {folder}/checkpoint_epoch_7.pth
   evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
-  enhance    python {program} --mode enhance  --checkpoint {folder}/best_model.pth --input low.jpg --output out.jpg
-  folder     python {program} --mode enhance  --checkpoint {folder}/best_model.pth --input photos --output enhanced
-  export     python {program} --mode export   --checkpoint {folder}/best_model.pth --output enhancer.onnx
+  enhance    python {program} --mode enhance  --checkpoint {folder}/best_model.pth \\
+               --input low.jpg --output out.jpg
+  folder     python {program} --mode enhance  --checkpoint {folder}/best_model.pth \\
+               --input photos --output enhanced
+  export     python {program} --mode export   --checkpoint {folder}/best_model.pth \\
+               --output enhancer.onnx
   demo       python {program} --mode demo     --config {recipe}
   curves     tensorboard --logdir logs
 """
@@ -380,7 +545,11 @@ examples
 
 def examples(config_class: type[Config]) -> str:
     """A command for every mode, for --help."""
-    return EXAMPLES.format(program=config_class.program, recipe=config_class.recipe, folder=config_class().checkpoint_dir)
+    return EXAMPLES.format(
+        program=config_class.program,
+        recipe=config_class.recipe,
+        folder=config_class().checkpoint_dir,
+    )
 
 
 def describe_keys(config_class: type[Config]) -> str:
@@ -390,9 +559,13 @@ def describe_keys(config_class: type[Config]) -> str:
     for key in dataclasses.fields(config_class):
         if key.name not in config_class.unused:
             value = json.dumps(getattr(default, key.name))
-            lines.append(f"  {key.name} = {value}\n      {key.metadata['meaning']} ({allowed(key)})")
+            lines.append(
+                f"  {key.name} = {value}\n      {key.metadata['meaning']} ({allowed(key)})"
+            )
     if config_class.unused:
-        lines.append(f"of the shared keys these change nothing here: {', '.join(config_class.unused)}")
+        lines.append(
+            f"of the shared keys these change nothing here: {', '.join(config_class.unused)}"
+        )
     return "\n".join(lines)
 
 
@@ -401,7 +574,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, *arguments: Any, **options: Any) -> Any:
         found = super().parse_args(*arguments, **options)
-        for name, value in vars(found).items():  # argparse makes an empty list of the value -- in --set=--
+        # argparse makes an empty list of the value -- in --set=--
+        for name, value in vars(found).items():
             if value == [] != self.get_default(name) or (isinstance(value, list) and [] in value):
                 self.error(f"--{name.replace('_', '-')} has no value")
         return found
@@ -410,30 +584,60 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> argparse.Namespace:
-    """Arguments with `settings` (the config file's and --set's, checked) added. Raises UserError."""
-    ours = "the released ones beside this script" if config_class is Config else "best_model.pth in checkpoint_dir"
+def parse_command_line(
+    argv: Sequence[str] | None = None, config_class: type[Config] = Config
+) -> argparse.Namespace:
+    """Arguments with `settings` (the config file's and --set's, checked) added. Raises
+    UserError."""
+    ours = (
+        "the released ones beside this script"
+        if config_class is Config
+        else "best_model.pth in checkpoint_dir"
+    )
     parser = OneLineParser(
         description=f"Enhance dark, infrared-tinted photographs with {config_class.method}.",
         epilog=f"{examples(config_class)}\n{describe_keys(config_class)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", required=True, choices=("train", "evaluate", "enhance", "demo", "export"))
+    parser.add_argument(
+        "--mode", required=True, choices=("train", "evaluate", "enhance", "demo", "export")
+    )
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the keys below")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one key; repeatable",
+    )
     parser.add_argument("--checkpoint", metavar="FILE", help=f"weights to use; default: {ours}")
-    parser.add_argument("--resume", metavar="FILE", help="train: go on from this checkpoint, or from a folder's newest")
-    parser.add_argument("--input", metavar="FILE", help="enhance: the dark picture, a folder of them, or a pattern in quotes")
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="train: go on from this checkpoint, or from a folder's newest",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="enhance: the dark picture, a folder of them, or a pattern in quotes",
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="enhance: the enhanced picture, whose suffix sets the format, or a folder; export: the .onnx file",
+        help=(
+            "enhance: the enhanced picture, whose suffix sets the format, or a folder; export: the"
+            " .onnx file"
+        ),
     )
     arguments = parser.parse_args(argv)
 
     needs = {"enhance": ("input", "output"), "export": ("output",)}
-    takes = {"train": ("resume",), "evaluate": ("checkpoint",), "enhance": ("checkpoint", "input", "output")}
+    takes = {
+        "train": ("resume",),
+        "evaluate": ("checkpoint",),
+        "enhance": ("checkpoint", "input", "output"),
+    }
     takes |= {"export": ("checkpoint", "output")}
     for name in ("checkpoint", "resume", "input", "output"):
         given = getattr(arguments, name) is not None
@@ -442,7 +646,11 @@ def parse_command_line(argv: Sequence[str] | None = None, config_class: type[Con
         if not given and name in needs.get(arguments.mode, ()):
             raise UserError(f"--mode {arguments.mode} needs --{name} FILE")
     default, source = config_class(), arguments.config or "config"
-    settings = typed_settings(default, read_config_file(arguments.config), source) if arguments.config else {}
+    settings = (
+        typed_settings(default, read_config_file(arguments.config), source)
+        if arguments.config
+        else {}
+    )
     overrides = dict(parse_assignment(text, config_class) for text in arguments.set)
     for name in config_class.unused:
         settings.pop(name, None)  # a config file may be for several systems
@@ -463,7 +671,8 @@ def complain(error: UserError) -> int:
     return error.status
 
 
-if __name__ == "__main__":  # a typing error is answered before torch is loaded, which takes two seconds
+# a typing error is answered before torch is loaded, which takes two seconds
+if __name__ == "__main__":
     try:
         parse_command_line()
     except UserError as mistake:
@@ -480,26 +689,31 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files: pictures in, everything out through one atomic helper
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-ANY_NAME = "surrogateescape"  # a file's name need not be text: its bytes are written and read back as they are
+# a file's name need not be text: its bytes are written and read back as they are
+ANY_NAME = "surrogateescape"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".webm", ".avi")
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when it does not."""
+    """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when
+    it does not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")  # a long name may be as long as names can be
+    # a long name may be as long as names can be
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); check the folder and the free space") from None
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); check the folder and the free space"
+        ) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -510,7 +724,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another") from None
+        raise UserError(
+            f"{folder}: cannot create the folder ({error.strerror}); choose another"
+        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -521,8 +737,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line a row under the keys of all."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=ANY_NAME) as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors=ANY_NAME) as stream,
+    ):
+        writer = csv.DictWriter(
+            stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row))
+        )
         writer.writeheader()
         writer.writerows(rows)
 
@@ -534,10 +755,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
-    """A PIL picture or a (3, H, W) tensor in [0, 1], rounded to the nearest of 256 levels; the suffix sets the format."""
+    """A PIL picture or a (3, H, W) tensor in [0, 1], rounded to the nearest of 256 levels; the
+    suffix sets the format."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(to_uint8(image))
     with atomic_path(path) as temporary:
-        lossy: dict[str, Any] = {"quality": 95} if temporary.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+        lossy: dict[str, Any] = (
+            {"quality": 95} if temporary.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+        )
         picture.save(temporary, **lossy)
 
 
@@ -548,28 +772,42 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 def to_uint16(image: Tensor) -> np.ndarray:
     """(H, W, 3) uint16 of a (3, H, W) tensor in [0, 1], rounded to nearest."""
-    return (image.detach().float().clamp(0, 1) * 65535).round().permute(1, 2, 0).cpu().numpy().astype(np.uint16)
+    return (
+        (image.detach().float().clamp(0, 1) * 65535)
+        .round()
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+        .astype(np.uint16)
+    )
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(3, H, W) float in [0, 1] of an (H, W, 3) uint8 or uint16 array."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / float(np.iinfo(pixels.dtype).max)
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / float(
+        np.iinfo(pixels.dtype).max
+    )
 
 
 Source = str | Path | io.BytesIO  # a file, or one in memory, which has no name
 
 
-# what is read, by content and not by name; every further decoder is one more that a hostile file may try
+# what is read, by content and not by name; every further decoder is one more that a hostile file
+# may try
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-LARGE, DENSEST = 2**23, 600  # pixels above which a file must hold a byte for every so many decoded ones
+# pixels above which a file must hold a byte for every so many decoded ones
+LARGE, DENSEST = 2**23, 600
 MOST_SCANS = 200
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # one line is said of a broken file, and that is ours
-with suppress(OSError, AttributeError):  # libtiff writes its complaints to standard error past Python
+# one line is said of a broken file, and that is ours
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+# libtiff writes its complaints to standard error past Python
+with suppress(OSError, AttributeError):
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def bytes_of(source: Source) -> AbstractContextManager[Any]:
-    """The file, open; by its name alone Pillow would map some TIFFs into memory, and scramble those that lie on their side."""
+    """The file, open; by its name alone Pillow would map some TIFFs into memory, and scramble those
+    that lie on their side."""
     return nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb")
 
 
@@ -577,22 +815,32 @@ def bytes_of(source: Source) -> AbstractContextManager[Any]:
 def opened(source: Source) -> Iterator[Image.Image]:
     """The picture, open for decoding inside the block.
 
-    Raises UserError naming the file when it is missing, empty, truncated, no picture of FORMATS, or a decompression bomb.
+    Raises UserError naming the file when it is missing, empty, truncated, no picture of FORMATS, or
+    a decompression bomb.
     """
     path = "the picture" if isinstance(source, io.BytesIO) else source
     try:
-        size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)
+        size = (
+            len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)
+        )
         if size == 0:
             raise UserError(f"{path}: the file is empty; replace it or remove it")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is odd in the file: the picture or one line is the answer
+            # of what is odd in the file: the picture or one line is the answer
+            warnings.simplefilter("ignore")
             with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as picture:
                 refuse_bomb(picture, source, size, path)
                 bits = np.atleast_1d(tiff_tags(picture).get(258, 8))
                 if picture.mode == "F" or 32 in bits:
-                    raise UserError(f"{path}: 32-bit and floating-point pictures have no agreed white; convert it to 16 bits")
+                    raise UserError(
+                        f"{path}: 32-bit and floating-point pictures have no agreed white; convert"
+                        " it to 16 bits"
+                    )
                 if 16 in bits and tiff_tags(picture).get(284) == 2:
-                    raise UserError(f"{path}: its 16-bit channels lie apart (planar); save it with them interleaved")
+                    raise UserError(
+                        f"{path}: its 16-bit channels lie apart (planar); save it with them"
+                        " interleaved"
+                    )
                 yield picture
     except UserError:
         raise
@@ -600,12 +848,19 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise UserError(f"{path}: {error}") from None
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, BMP, TIFF or WebP"
-        raise UserError(f"{path}: not a readable picture ({kinds}); convert it, replace it or remove it") from None
+        raise UserError(
+            f"{path}: not a readable picture ({kinds}); convert it, replace it or remove it"
+        ) from None
     except OSError as error:  # covers FileNotFoundError and truncated data
         reason = error.strerror or ("truncated" if "truncated" in str(error) else "damaged")
-        raise UserError(f"{path}: cannot read the picture ({reason}); replace it or remove it") from None
-    except Exception as error:  # decoders raise every kind for hostile files; each is the same to the user
-        raise UserError(f"{path}: broken picture ({type(error).__name__}); replace it or remove it") from None
+        raise UserError(
+            f"{path}: cannot read the picture ({reason}); replace it or remove it"
+        ) from None
+    # decoders raise every kind for hostile files; each is the same to the user
+    except Exception as error:
+        raise UserError(
+            f"{path}: broken picture ({type(error).__name__}); replace it or remove it"
+        ) from None
 
 
 def tiff_tags(picture: Image.Image) -> Any:
@@ -614,27 +869,39 @@ def tiff_tags(picture: Image.Image) -> Any:
 
 
 def refuse_bomb(picture: Image.Image, source: Source, size: int, path: str | Path) -> None:
-    """Raises UserError where `size` bytes claim more pixels, or more passes over them, than a photograph's ever do."""
+    """Raises UserError where `size` bytes claim more pixels, or more passes over them, than a
+    photograph's ever do."""
     area = picture.width * picture.height
     tags = tiff_tags(picture)
     area = max(area, tags.get(322, 0) * tags.get(323, 0))  # a tile may be larger than its picture
     deep = any(";16" in rawmode for _, rawmode in raw_tiles(picture))
     if area > LARGE and area * len(picture.getbands()) * (1 + deep) > DENSEST * size:
-        raise UserError(f"{path}: declares {area / 1e6:.0f} megapixels in {size} bytes; no photograph does, so replace it")
+        raise UserError(
+            f"{path}: declares {area / 1e6:.0f} megapixels in {size} bytes; no photograph does, so"
+            " replace it"
+        )
     if picture.info.get("progressive"):
         data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
         if data.count(b"\xff\xda") > MOST_SCANS:
-            raise UserError(f"{path}: goes over its pixels more than {MOST_SCANS} times; save it anew or remove it")
+            raise UserError(
+                f"{path}: goes over its pixels more than {MOST_SCANS} times; save it anew or"
+                " remove it"
+            )
 
 
 def raw_tiles(picture: Image.Image) -> list[tuple[Any, str]]:
-    """Each part of a picture that is still to be decoded, with the layout of its bytes, such as RGB;16B."""
+    """Each part of a picture that is still to be decoded, with the layout of its bytes, such as
+    RGB;16B."""
     tiles = getattr(picture, "tile", ())
-    return [(tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0])) for tile in tiles]
+    return [
+        (tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]))
+        for tile in tiles
+    ]
 
 
 def grey_levels(picture: Image.Image) -> np.ndarray:
-    """(H, W) uint16 of a grey picture of 16 bits; Pillow's own conversion would clip it to white."""
+    """(H, W) uint16 of a grey picture of 16 bits; Pillow's own conversion would clip it to
+    white."""
     levels = np.clip(np.asarray(picture).astype(np.int32), 0, 65535).astype(np.uint16)
     return 65535 - levels if tiff_tags(picture).get(262) == 0 else levels
 
@@ -642,8 +909,9 @@ def grey_levels(picture: Image.Image) -> np.ndarray:
 def read_image(path: str | Path) -> np.ndarray:
     """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
 
-    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the nearest of 256
-    levels; 16-bit colour loses its lower byte, as Pillow reads it. Raises UserError naming the file, see `opened`.
+    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the
+    nearest of 256 levels; 16-bit colour loses its lower byte, as Pillow reads it. Raises UserError
+    naming the file, see `opened`.
     """
     with opened(path) as picture:
         picture.load()
@@ -656,8 +924,8 @@ def read_image(path: str | Path) -> np.ndarray:
 class Picture(NamedTuple):
     """A picture to enhance, with what its file holds beside the colours and the enhanced one keeps.
 
-    pixels: (H, W, 3) uint8 or uint16 RGB, upright; alpha: (H, W) of the same type, or None; exif, icc: raw bytes, empty
-    where there are none; note: what was converted, for the user to know.
+    pixels: (H, W, 3) uint8 or uint16 RGB, upright; alpha: (H, W) of the same type, or None; exif,
+    icc: raw bytes, empty where there are none; note: what was converted, for the user to know.
     """
 
     pixels: np.ndarray
@@ -668,9 +936,24 @@ class Picture(NamedTuple):
 
 
 ORIENTATION = 0x0112  # the EXIF tag
-# what a TIFF file lists as EXIF but says of its own pixels: size, depth, compression, strips, tiles, channels, profile
-LAYOUT_TAGS = {*range(254, 267), 273, ORIENTATION, *range(277, 280), 284, 317, *range(320, 326), 338, 339, 347, 700, 34675}
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what makes a picture of that orientation upright
+# what a TIFF file lists as EXIF but says of its own pixels: size, depth, compression, strips,
+# tiles, channels, profile
+LAYOUT_TAGS = {
+    *range(254, 267),
+    273,
+    ORIENTATION,
+    *range(277, 280),
+    284,
+    317,
+    *range(320, 326),
+    338,
+    339,
+    347,
+    700,
+    34675,
+}
+# what makes a picture of that orientation upright
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
     4: np.flipud,
@@ -681,15 +964,23 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what makes a picture
 }
 
 
-# Pillow keeps the upper byte of 16-bit colour; told that the bytes lie the other way round, it keeps the lower
+# Pillow keeps the upper byte of 16-bit colour; told that the bytes lie the other way round, it
+# keeps the lower
 OTHER_BYTE = {f"{m};16{a}": f"{m};16{b}" for m in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
-OTHER_BYTE |= {f"{m};16N": f"{m};16{'B' if sys.byteorder == 'little' else 'L'}" for m in ("RGB", "RGBA", "RGBX")}
+OTHER_BYTE |= {
+    f"{m};16N": f"{m};16{'B' if sys.byteorder == 'little' else 'L'}"
+    for m in ("RGB", "RGBA", "RGBX")
+}
 OTHER_BYTE |= {"LA;16B": "RGBA"}  # all four bytes
 
 
 def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     """The pixels upright, by an EXIF orientation."""
-    return TURNS[orientation](pixels) if isinstance(orientation, int) and orientation in TURNS else pixels
+    return (
+        TURNS[orientation](pixels)
+        if isinstance(orientation, int) and orientation in TURNS
+        else pixels
+    )
 
 
 def exif_of(picture: Image.Image) -> tuple[Any, bytes]:
@@ -709,7 +1000,8 @@ def exif_of(picture: Image.Image) -> tuple[Any, bytes]:
 
 
 def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
-    """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before `picture` is decoded."""
+    """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before
+    `picture` is decoded."""
     if picture.mode.startswith("I"):
         return grey_levels(picture)[..., None]
     tiles = raw_tiles(picture)
@@ -731,21 +1023,31 @@ def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
 
 
 def read_picture(source: Source) -> Picture:
-    """The picture at full depth, upright, with alpha, EXIF (its orientation reset) and colour profile.
+    """The picture at full depth, upright, with alpha, EXIF (its orientation reset) and colour
+    profile.
 
-    Grey is repeated over the channels, palettes are looked up, CMYK is converted. Raises UserError naming the file for
-    what `opened` refuses, for animations and for sides below 16 pixels.
+    Grey is repeated over the channels, palettes are looked up, CMYK is converted. Raises UserError
+    naming the file for what `opened` refuses, for animations and for sides below 16 pixels.
     """
     path = "the picture" if isinstance(source, io.BytesIO) else source
     with opened(source) as picture:
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a phone's JPEG with a preview is none
+        # a phone's JPEG with a preview is none
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
             raise UserError(f"{path}: holds several frames; save them as single pictures")
         if min(picture.size) < 16:
-            raise UserError(f"{path}: {picture.width}x{picture.height} is too small; the least side is 16")
+            raise UserError(
+                f"{path}: {picture.width}x{picture.height} is too small; the least side is 16"
+            )
         pixels = read_deep(source, picture)
         grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
         foreign = picture.mode in ("CMYK", "YCCK", "LAB", "HSV")
-        note = "grey: its colours are a guess" if grey else f"converted from {picture.mode}" if foreign else ""
+        note = (
+            "grey: its colours are a guess"
+            if grey
+            else f"converted from {picture.mode}"
+            if foreign
+            else ""
+        )
         if pixels is None:
             picture.load()  # a PNG may say that it is transparent after its pixels
             mode = "RGBA" if picture.has_transparency_data else "RGB"
@@ -758,15 +1060,18 @@ def read_picture(source: Source) -> Picture:
             np.ascontiguousarray(pixels[..., :3]),
             np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None,
             exif,
-            b"" if grey or foreign else picture.info.get("icc_profile") or b"",  # a profile of other channels would lie
+            # a profile of other channels would lie
+            b"" if grey or foreign else picture.info.get("icc_profile") or b"",
             note,
         )
 
 
 def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:
-    """A file of (H, W, 3) uint8 or uint16 pixels, with the alpha, EXIF and profile of `like` as far as the format holds them.
+    """A file of (H, W, 3) uint8 or uint16 pixels, with the alpha, EXIF and profile of `like` as far
+    as the format holds them.
 
-    uint16 needs the suffix .png, .tif or .tiff, and in TIFF it goes without the EXIF. `quality` is that of JPEG and WebP.
+    uint16 needs the suffix .png, .tif or .tiff, and in TIFF it goes without the EXIF. `quality` is
+    that of JPEG and WebP.
     """
     if like.alpha is not None and suffix not in (".jpg", ".jpeg", ".bmp"):
         scale = np.iinfo(pixels.dtype).max / np.iinfo(like.alpha.dtype).max
@@ -777,37 +1082,50 @@ def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int 
     if pixels.dtype == np.uint16:
         import tifffile
 
-        deep: dict[str, Any] = dict(photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None)
-        tifffile.imwrite(encoded, pixels, extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None, **deep)
+        deep: dict[str, Any] = dict(
+            photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None
+        )
+        tifffile.imwrite(
+            encoded, pixels, extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None, **deep
+        )
     else:
         extras: dict[str, Any] = {"exif": like.exif} if like.exif else {}
         extras |= {"icc_profile": like.icc} if like.icc else {}
         extras |= {"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}
-        extras |= {"compress_level": 3} if suffix == ".png" else {}  # a quarter of the default's time for 5 % more bytes
+        # a quarter of the default's time for 5 % more bytes
+        extras |= {"compress_level": 3} if suffix == ".png" else {}
         Image.fromarray(pixels).save(encoded, Image.registered_extensions()[suffix], **extras)
     return encoded.getvalue()
 
 
 def encode_png16(pixels: np.ndarray, like: Picture) -> bytes:
-    """A 16-bit PNG of (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint16; no library of the seven writes colour so deep."""
+    """A 16-bit PNG of (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint16; no library of the seven
+    writes colour so deep."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width = pixels.shape[:2]
     colour_type = {2: 0, 3: {3: 2, 4: 6}.get(pixels.shape[-1])}[pixels.ndim]
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
     step = 2 * pixels[0, 0].size
-    rows = np.hstack([np.ones((height, 1), np.uint8), rows[:, :step], rows[:, step:] - rows[:, :-step]])  # the filter "sub"
+    # the filter "sub"
+    rows = np.hstack(
+        [np.ones((height, 1), np.uint8), rows[:, :step], rows[:, step:] - rows[:, :-step]]
+    )
     parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
     parts += [chunk(b"iCCP", b"icc\0\0" + zlib.compress(like.icc))] if like.icc else []
     parts += [chunk(b"eXIf", like.exif.removeprefix(b"Exif\0\0"))] if like.exif else []
-    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IDAT", zlib.compress(rows.tobytes(), 4)), chunk(b"IEND", b"")])
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [*parts, chunk(b"IDAT", zlib.compress(rows.tobytes(), 4)), chunk(b"IEND", b"")]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: pairs by stem, split by scene, cached as uint8, served resized or as native-resolution crops
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -825,54 +1143,80 @@ def natural_key(name: str) -> list[Any]:
 
 
 def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
-    """Stem -> file of every picture in `folder`. Raises UserError for a missing folder or a stem that two files share."""
+    """Stem -> file of every picture in `folder`. Raises UserError for a missing folder or a stem
+    that two files share."""
     if not os.path.isdir(folder):
-        raise UserError(f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER")
+        raise UserError(
+            f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER"
+        )
     found: dict[str, Path] = {}
     try:
         listed = sorted(Path(folder).iterdir())
     except OSError as error:
-        raise UserError(f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions") from None
+        raise UserError(
+            f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions"
+        ) from None
     for path in listed:
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
             if path.stem in found:
-                raise UserError(f"{path}: has the same stem as {found[path.stem].name}; keep one of the two")
+                raise UserError(
+                    f"{path}: has the same stem as {found[path.stem].name}; keep one of the two"
+                )
             found[path.stem] = path
     return found
 
 
-def find_pairs(low_dir: str, high_dir: str, kind: str, log: Callable[[str], None] = print) -> list[Pair]:
+def find_pairs(
+    low_dir: str, high_dir: str, kind: str, log: Callable[[str], None] = print
+) -> list[Pair]:
     """Pairs in natural order; files without a partner are counted and named through `log`.
 
-    `kind` is train, val or eval and names the config keys in errors. Raises UserError when nothing pairs up.
+    `kind` is train, val or eval and names the config keys in errors. Raises UserError when nothing
+    pairs up.
     """
-    lows, highs = pictures_by_stem(low_dir, f"{kind}_low_dir"), pictures_by_stem(high_dir, f"{kind}_high_dir")
-    for folder, orphans in ((low_dir, lows.keys() - highs.keys()), (high_dir, highs.keys() - lows.keys())):
+    lows, highs = (
+        pictures_by_stem(low_dir, f"{kind}_low_dir"),
+        pictures_by_stem(high_dir, f"{kind}_high_dir"),
+    )
+    for folder, orphans in (
+        (low_dir, lows.keys() - highs.keys()),
+        (high_dir, highs.keys() - lows.keys()),
+    ):
         if orphans:
             paths = lows if folder == low_dir else highs
             names = ", ".join(paths[stem].name for stem in sorted(orphans, key=natural_key))
-            log(f"{kind}: {len(orphans)} pictures in {folder} have no partner and are left out: {names}")
+            log(
+                f"{kind}: {len(orphans)} pictures in {folder} have no partner and are left out:"
+                f" {names}"
+            )
     stems = sorted(lows.keys() & highs.keys(), key=natural_key)
     if not stems:
         raise UserError(
-            f"{kind}_low_dir: no file in {low_dir} shares its stem with one in {high_dir}; pairs are matched by stem"
+            f"{kind}_low_dir: no file in {low_dir} shares its stem with one in {high_dir}; pairs"
+            " are matched by stem"
         )
     return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
 
 
 def choose_scenes(pairs: list[Pair], scenes: str) -> list[Pair]:
-    """The pairs whose stems the list `scenes` names, in its order; all for an empty one. Raises UserError for others."""
+    """The pairs whose stems the list `scenes` names, in its order; all for an empty one. Raises
+    UserError for others."""
     known = {pair.name: pair for pair in pairs}
     wanted = [stem.strip() for stem in scenes.split(",") if stem.strip()]
     for stem in wanted:
         if stem not in known:
-            raise UserError(f"scenes: no pair has the stem {stem}; there are {len(known)}, from {min(known)} to {max(known)}")
+            raise UserError(
+                f"scenes: no pair has the stem {stem}; there are {len(known)}, from {min(known)} to"
+                f" {max(known)}"
+            )
     return [known[stem] for stem in dict.fromkeys(wanted)] or pairs
 
 
 def evaluation_pairs(config: Config) -> list[Pair]:
     """The pairs to score, those of `scenes` where it names some. Raises UserError."""
-    return choose_scenes(find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes)
+    return choose_scenes(
+        find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config.scenes
+    )
 
 
 class PairStore:
@@ -883,22 +1227,31 @@ class PairStore:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], config: Config, log: Callable[[str], None] = print, room: int | None = None
+        self,
+        pairs: Sequence[Pair],
+        config: Config,
+        log: Callable[[str], None] = print,
+        room: int | None = None,
     ) -> None:
         self.pairs: list[Pair] = []
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.room = config.cache_megabytes * 2**20 if room is None else room  # bytes; what another store left, say
+        # bytes; what another store left, say
+        self.room = config.cache_megabytes * 2**20 if room is None else room
         thumbnails, bad = [], []
         for pair in tqdm(pairs, desc="reading pairs", leave=False, **progress_style()):
             try:
                 low, high = self._read(pair)
             except UserError as error:
                 if config.on_bad_file == "error":
-                    raise UserError(f"{error}; or leave such files out with --set on_bad_file=skip") from None
+                    raise UserError(
+                        f"{error}; or leave such files out with --set on_bad_file=skip"
+                    ) from None
                 bad.append(str(error))
                 continue
             self.pairs.append(pair)
-            thumbnails.append(np.asarray(Image.fromarray(high).resize((16, 16), Image.Resampling.BOX)))
+            thumbnails.append(
+                np.asarray(Image.fromarray(high).resize((16, 16), Image.Resampling.BOX))
+            )
             if low.nbytes + high.nbytes <= self.room:
                 self.room -= low.nbytes + high.nbytes
                 self._cache[pair.name] = (low, high)
@@ -912,10 +1265,15 @@ class PairStore:
     def _read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         low, high = read_image(pair.low), read_image(pair.high)
         if low.shape != high.shape:
-            sizes = f"{low.shape[1]}x{low.shape[0]} against {high.shape[1]}x{high.shape[0]} in {pair.high}"
+            sizes = (
+                f"{low.shape[1]}x{low.shape[0]} against {high.shape[1]}x{high.shape[0]} in"
+                f" {pair.high}"
+            )
             raise UserError(f"{pair.low}: the pair's sizes differ, {sizes}")
         if min(low.shape[:2]) < 16:
-            raise UserError(f"{pair.low}: {low.shape[1]}x{low.shape[0]} is too small; the least side is 16")
+            raise UserError(
+                f"{pair.low}: {low.shape[1]}x{low.shape[0]} is too small; the least side is 16"
+            )
         return low, high
 
     def __len__(self) -> int:
@@ -928,9 +1286,11 @@ class PairStore:
 
 
 def find_scenes(thumbnails: np.ndarray, similarity: float) -> list[list[int]]:
-    """Groups of indices whose (N, 16, 16, 3) thumbnails are alike, chained: one scene never falls apart.
+    """Groups of indices whose (N, 16, 16, 3) thumbnails are alike, chained: one scene never falls
+    apart.
 
-    Alike means a Pearson correlation of at least `similarity`; it ignores exposure, which differs between takes.
+    Alike means a Pearson correlation of at least `similarity`; it ignores exposure, which differs
+    between takes.
     """
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
     flat = flat - flat.mean(1, keepdims=True)
@@ -950,21 +1310,28 @@ def find_scenes(thumbnails: np.ndarray, similarity: float) -> list[list[int]]:
 
 
 def split_by_scene(thumbnails: np.ndarray, config: Config) -> tuple[list[int], list[int]]:
-    """(training, validation) indices; whole scenes, drawn by the seed, until val_fraction is filled."""
+    """(training, validation) indices; whole scenes, drawn by the seed, until val_fraction is
+    filled."""
     scenes = find_scenes(thumbnails, config.scene_similarity)
     if len(scenes) < 2:
-        raise UserError("val_fraction: all training pairs show one scene; name val_low_dir and val_high_dir instead")
+        raise UserError(
+            "val_fraction: all training pairs show one scene; name val_low_dir and val_high_dir"
+            " instead"
+        )
     wanted = max(1, round(config.val_fraction * len(thumbnails)))
     order = np.random.default_rng(config.seed).permutation(len(scenes))
     validation: list[int] = []
     for place in order[:-1]:
-        if len(validation) < wanted and len(validation) + len(scenes[place]) <= max(wanted, len(scenes[place])):
+        if len(validation) < wanted and len(validation) + len(scenes[place]) <= max(
+            wanted, len(scenes[place])
+        ):
             validation += scenes[place]
     return sorted(set(range(len(thumbnails))) - set(validation)), sorted(validation)
 
 
 def find_twins(thumbnails: np.ndarray, others: np.ndarray, tolerance: float = 2.0) -> np.ndarray:
-    """For each of (N, 16, 16, 3) uint8 thumbnails whether one of `others` is the same picture: mean |difference| in levels."""
+    """For each of (N, 16, 16, 3) uint8 thumbnails whether one of `others` is the same picture: mean
+    |difference| in levels."""
     if len(others) == 0:
         return np.zeros(len(thumbnails), bool)
     known = others.astype(np.float32)
@@ -972,17 +1339,21 @@ def find_twins(thumbnails: np.ndarray, others: np.ndarray, tolerance: float = 2.
 
 
 def resize(image: Tensor, size: Sequence[int], quantise: bool = False) -> Tensor:
-    """(B, 3, h, w) of (B, 3, H, W): antialiased bilinear; `quantise` rounds to 8-bit levels, as a resized file would be."""
+    """(B, 3, h, w) of (B, 3, H, W): antialiased bilinear; `quantise` rounds to 8-bit levels, as a
+    resized file would be."""
     if tuple(image.shape[-2:]) != tuple(size):
-        image = F.interpolate(image, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+        image = F.interpolate(
+            image, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
+        )
     return (image * 255).round() / 255 if quantise else image
 
 
 class Sample(NamedTuple):
     """A batch, or one item of it before collation. Values in [0, 1] but `box`.
 
-    low, high: (B, 3, h, w), the pixels the local branch sees; thumbnail: (B, 3, t, t), the whole picture, low;
-    box: (B, 4), left, top, right, bottom of `low` within the whole picture, in [0, 1].
+    low, high: (B, 3, h, w), the pixels the local branch sees; thumbnail: (B, 3, t, t), the whole
+    picture, low; box: (B, 4), left, top, right, bottom of `low` within the whole picture, in [0,
+    1].
     """
 
     low: Tensor
@@ -995,7 +1366,8 @@ WHOLE_BOX = (0.0, 0.0, 1.0, 1.0)
 
 
 class Draw(NamedTuple):
-    """What a training sample is made of: pair number `pair`, as `epoch` augments it; `whole` at image_size, else cropped."""
+    """What a training sample is made of: pair number `pair`, as `epoch` augments it; `whole` at
+    image_size, else cropped."""
 
     epoch: int
     pair: int
@@ -1003,7 +1375,8 @@ class Draw(NamedTuple):
 
 
 class TrainingSamples(Dataset):
-    """Augmented samples; the item of a Draw is a pure function of the seed, so that a resumed run repeats it."""
+    """Augmented samples; the item of a Draw is a pure function of the seed, so that a resumed run
+    repeats it."""
 
     def __init__(self, store: PairStore, indices: Sequence[int], config: Config) -> None:
         self.store, self.indices, self.config = store, indices, config
@@ -1016,7 +1389,9 @@ class TrainingSamples(Dataset):
         rng = np.random.default_rng((self.config.seed, epoch, index))
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
-        pair = torch.stack([to_tensor(p[top : top + height, left : left + width]) for p in (low, high)])
+        pair = torch.stack(
+            [to_tensor(p[top : top + height, left : left + width]) for p in (low, high)]
+        )
         if self.config.crop_size and not whole:
             pixels, box = self._crop(pair, rng)
         else:
@@ -1024,28 +1399,41 @@ class TrainingSamples(Dataset):
         thumbnail = resize(pair[:1], [self.config.thumbnail_size] * 2)[0]
         return self._augment(Sample(pixels[0], pixels[1], thumbnail, torch.tensor(box)), rng)
 
-    def _window(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height, width of the part that plays the whole picture, so that the global branch sees variety."""
-        sides = [max(16, round(side * rng.uniform(self.config.window_min, 1))) for side in shape[:2]]
-        top, left = (int(rng.integers(0, full - side + 1)) for full, side in zip(shape[:2], sides, strict=True))
+    def _window(
+        self, shape: tuple[int, ...], rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height, width of the part that plays the whole picture, so that the global
+        branch sees variety."""
+        sides = [
+            max(16, round(side * rng.uniform(self.config.window_min, 1))) for side in shape[:2]
+        ]
+        top, left = (
+            int(rng.integers(0, full - side + 1))
+            for full, side in zip(shape[:2], sides, strict=True)
+        )
         return top, left, sides[0], sides[1]
 
     def _crop(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, tuple[float, ...]]:
-        """A crop_size square of a (2, 3, H, W) pair at one of crop_scales, and the box it was cut from."""
+        """A crop_size square of a (2, 3, H, W) pair at one of crop_scales, and the box it was cut
+        from."""
         crop, (height, width) = self.config.crop_size, pair.shape[-2:]
         scale = float(rng.choice(self.config.crop_scales))
         if scale == 0:
             return resize(pair, (crop, crop), quantise=True), WHOLE_BOX
         side = min(round(crop / scale), height, width)
         top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-        pixels = resize(pair[..., top : top + side, left : left + side], (crop, crop), quantise=True)
+        pixels = resize(
+            pair[..., top : top + side, left : left + side], (crop, crop), quantise=True
+        )
         return pixels, (left / width, top / height, (left + side) / width, (top + side) / height)
 
     def _augment(self, sample: Sample, rng: np.random.Generator) -> Sample:
         low, high, thumbnail = sample[:3]
         flip_x, flip_y, swap = (bool(x) for x in rng.integers(0, 2, 3))
         gain = 2.0 ** (self.config.exposure_gain * rng.uniform(-1, 1))
-        gains = torch.tensor(gain * (1 + self.config.channel_gain * rng.uniform(-1, 1, 3)), dtype=torch.float32)[:, None, None]
+        gains = torch.tensor(
+            gain * (1 + self.config.channel_gain * rng.uniform(-1, 1, 3)), dtype=torch.float32
+        )[:, None, None]
         low, thumbnail = (low * gains).clamp(0, 1), (thumbnail * gains).clamp(0, 1)
         left, top, right, bottom = sample.box.tolist()
         pictures = [low, high, thumbnail]
@@ -1054,23 +1442,33 @@ class TrainingSamples(Dataset):
         if self.config.flips and flip_y:
             pictures, (top, bottom) = [p.flip(-2) for p in pictures], (1 - bottom, 1 - top)
         if self.config.flips and swap and low.shape[-1] == low.shape[-2]:
-            pictures, (left, top, right, bottom) = [p.mT for p in pictures], (top, left, bottom, right)
+            pictures, (left, top, right, bottom) = (
+                [p.mT for p in pictures],
+                (top, left, bottom, right),
+            )
         low, high, thumbnail = (picture.contiguous() for picture in pictures)
         return Sample(low, high, thumbnail, torch.tensor([left, top, right, bottom]))
 
 
 def batch_plan(count: int, config: Config, epoch: int) -> list[list[Draw]]:
-    """The batches of an epoch: a pure function, so that resuming may start at any step. A batch is whole or it is not."""
+    """The batches of an epoch: a pure function, so that resuming may start at any step. A batch is
+    whole or it is not."""
     rng = np.random.default_rng((config.seed, epoch))
     order = rng.permutation(count).tolist()
-    batches = [order[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+    batches = [
+        order[start : start + config.batch_size] for start in range(0, count, config.batch_size)
+    ]
     whole = (rng.random(len(batches)) < config.whole_share).tolist()
-    return [[Draw(epoch, index, all_of_it) for index in batch] for batch, all_of_it in zip(batches, whole, strict=True)]
+    return [
+        [Draw(epoch, index, all_of_it) for index in batch]
+        for batch, all_of_it in zip(batches, whole, strict=True)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flow: every layer maps forward(x, condition) -> (y, log_det) and inverse(y, condition) -> (x, log_det), log_det (B,)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Flow: every layer maps forward(x, condition) -> (y, log_det) and inverse(y, condition) -> (x,
+# log_det), log_det (B,)
+# --------------------------------------------------------------------------------------------------
 
 SCALE_BOUND = 0.5
 
@@ -1107,9 +1505,11 @@ class Squeeze(nn.Module):
 
 
 class InvertibleConv(nn.Module):
-    """1x1 convolution with W = L (U + diag(exp(d))), Kingma & Dhariwal 2018, eq. 10 without its fixed permutation.
+    """1x1 convolution with W = L (U + diag(exp(d))), Kingma & Dhariwal 2018, eq. 10 without its
+    fixed permutation.
 
-    It starts as the identity, so that the latent starts in the layout of the picture and the prior mean can be one.
+    It starts as the identity, so that the latent starts in the layout of the picture and the prior
+    mean can be one.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1119,22 +1519,28 @@ class InvertibleConv(nn.Module):
         self.log_diagonal = nn.Parameter(torch.zeros(channels))
 
     def weight(self) -> Tensor:
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower), device=self.lower.device, dtype=self.lower.dtype)
+        lower = self.lower.tril(-1) + torch.eye(
+            len(self.lower), device=self.lower.device, dtype=self.lower.dtype
+        )
         return lower @ (self.upper.triu(1) + self.log_diagonal.exp().diag())
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = self.log_diagonal.sum() * x.shape[2] * x.shape[3]
-        with torch.autocast(x.device.type, enabled=False):  # bf16 here would cost the bijection its exactness
+        # bf16 here would cost the bijection its exactness
+        with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, self.weight()[:, :, None, None]), log_det.expand(len(x))
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = -self.log_diagonal.sum() * y.shape[2] * y.shape[3]
         with torch.autocast(y.device.type, enabled=False):
-            return F.conv2d(y, torch.linalg.inv(self.weight())[:, :, None, None]), log_det.expand(len(y))
+            return F.conv2d(y, torch.linalg.inv(self.weight())[:, :, None, None]), log_det.expand(
+                len(y)
+            )
 
 
 class Coupling(nn.Module):
-    """Affine coupling y_b = x_b exp(s) + t with (s, t) = net(x_a, condition), s = 0.5 tanh(.) (bounded: stable inverse).
+    """Affine coupling y_b = x_b exp(s) + t with (s, t) = net(x_a, condition), s = 0.5 tanh(.)
+    (bounded: stable inverse).
 
     `first` says which half is changed; blocks alternate, so that two of them change every channel.
     """
@@ -1149,7 +1555,8 @@ class Coupling(nn.Module):
         self.out = zero_init(conv3(hidden, 2 * half))
 
     def scale_and_shift(self, kept: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """log-scale in [-0.5, 0.5] and shift, each of the shape of the kept half, in the kept half's precision."""
+        """log-scale in [-0.5, 0.5] and shift, each of the shape of the kept half, in the kept
+        half's precision."""
         hidden = F.silu(self.from_half(kept) + self.from_condition(condition))
         scale, shift = self.out(F.silu(self.mix(hidden))).to(kept.dtype).chunk(2, dim=1)
         return SCALE_BOUND * torch.tanh(scale), shift
@@ -1175,18 +1582,23 @@ class Coupling(nn.Module):
 class Flow(nn.Module):
     """picture in [0, 1] (B, 3, H, W) <-> latent (B, 48, H/4, W/4); H and W multiples of 4.
 
-    Logit map, squeeze, flow steps at 1/2, squeeze, flow steps at 1/4; a step is a 1x1 convolution and a coupling.
-    `condition` is a pair: features at 1/2 and at 1/4.
+    Logit map, squeeze, flow steps at 1/2, squeeze, flow steps at 1/4; a step is a 1x1 convolution
+    and a coupling. `condition` is a pair: features at 1/2 and at 1/4.
     """
 
     def __init__(self, blocks: int, hidden: int, half_channels: int, quarter_channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [LogitMap()]
         self.levels = [0]  # which of the two conditions each layer gets
-        for level, (channels, condition) in enumerate(((12, half_channels), (48, quarter_channels))):
+        for level, (channels, condition) in enumerate(
+            ((12, half_channels), (48, quarter_channels))
+        ):
             layers.append(Squeeze())
             for block in range(blocks):
-                layers += [InvertibleConv(channels), Coupling(channels, condition, hidden, first=block % 2 == 1)]
+                layers += [
+                    InvertibleConv(channels),
+                    Coupling(channels, condition, hidden, first=block % 2 == 1),
+                ]
             self.levels += [level] * (1 + 2 * blocks)
         self.layers = nn.ModuleList(layers)
 
@@ -1206,9 +1618,10 @@ class Flow(nn.Module):
         return z, total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model: the global branch knows the colour, the local branch the detail, the flow what neither can know
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Model: the global branch knows the colour, the local branch the detail, the flow what neither can
+# know
+# --------------------------------------------------------------------------------------------------
 
 
 def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -1224,18 +1637,24 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class ChannelDropout(nn.Module):
-    """Dropout of whole channels, the same ones for all of a batch: it is one draw, however the batch is divided."""
+    """Dropout of whole channels, the same ones for all of a batch: it is one draw, however the
+    batch is divided."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * F.dropout(x.new_ones(1, x.shape[1], 1, 1), self.rate) if self.training and self.rate else x
+        return (
+            x * F.dropout(x.new_ones(1, x.shape[1], 1, 1), self.rate)
+            if self.training and self.rate
+            else x
+        )
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))); no normalisation, so that a crop and the whole picture give the same values."""
+    """x + conv(silu(conv(silu(x)))); no normalisation, so that a crop and the whole picture give
+    the same values."""
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -1258,36 +1677,49 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
+        qkv = (
+            self.to_qkv(self.norm(x))
+            .reshape(b, 3, self.heads, c // self.heads, h * w)
+            .transpose(-1, -2)
+        )
         mixed = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, heads, HW, C / heads)
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
 
 
 def low_features(low: Tensor, brightness: Tensor) -> Tensor:
-    """(B, 9, H, W): low, its logarithm and low over the whole picture's mean `brightness` (B, 1, 1, 1).
+    """(B, 9, H, W): low, its logarithm and low over the whole picture's mean `brightness` (B, 1, 1,
+    1).
 
-    The logarithm opens up the few counts of a dark sensor; the ratio makes the rest indifferent to exposure.
+    The logarithm opens up the few counts of a dark sensor; the ratio makes the rest indifferent to
+    exposure.
     """
-    return torch.cat([low, (low * 255 + 1).log2() / 8, (low / (4 * brightness)).clamp(max=4)], dim=1)
+    return torch.cat(
+        [low, (low * 255 + 1).log2() / 8, (low / (4 * brightness)).clamp(max=4)], dim=1
+    )
 
 
 def sample_grid(grid: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, h, w) of a (B, C, g, g) grid over the whole picture, read at the pixel centres of `box` (B, 4) in [0, 1]."""
+    """(B, C, h, w) of a (B, C, g, g) grid over the whole picture, read at the pixel centres of
+    `box` (B, 4) in [0, 1]."""
     height, width = size
     left, top, right, bottom = box[:, :, None].to(grid.dtype).unbind(1)
     x = left + (right - left) * (torch.arange(width, device=grid.device) + 0.5) / width  # (B, w)
     y = top + (bottom - top) * (torch.arange(height, device=grid.device) + 0.5) / height  # (B, h)
-    points = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    points = torch.stack(
+        [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1
+    )
     return F.grid_sample(grid, points * 2 - 1, padding_mode="border", align_corners=False)
 
 
 class System(nn.Module):
-    """What training, evaluation and enhancement ask of a model; subclasses are built from their config alone.
+    """What training, evaluation and enhancement ask of a model; subclasses are built from their
+    config alone.
 
     They must have `losses` and `enhance`; the rest is there to be overridden.
     """
 
-    system = ""  # the name that checkpoints carry, so that no other system reads them; empty: the class's
+    # the name that checkpoints carry, so that no other system reads them; empty: the class's
+    system = ""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -1298,11 +1730,13 @@ class System(nn.Module):
         raise NotImplementedError
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, the same shape and range, any sides of at least 16."""
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, the same shape and range, any sides of
+        at least 16."""
         raise NotImplementedError
 
     def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(bits per dimension (B,), standardised latent) of `high` given `low`; None for a model that knows none."""
+        """(bits per dimension (B,), standardised latent) of `high` given `low`; None for a model
+        that knows none."""
         return None
 
     def pictures(self, low: Tensor) -> dict[str, Tensor]:
@@ -1318,22 +1752,38 @@ class System(nn.Module):
         return learning_rate_at(progress, step, self.config)
 
     def begin_step(self, progress: float) -> None:
-        """Told before every step, for training in stages: what it does must follow from `progress` alone."""
+        """Told before every step, for training in stages: what it does must follow from `progress`
+        alone."""
 
 
 class GlobalBranch(nn.Module):
-    """Thumbnail (B, 3, t, t) -> (features (B, width, t/4, t/4), colour (B, 3, t/4, t/4) in the flow's space).
+    """Thumbnail (B, 3, t, t) -> (features (B, width, t/4, t/4), colour (B, 3, t/4, t/4) in the
+    flow's space).
 
-    Illumination, white balance and exposure are questions about the whole picture; a U-Net with self-attention at t/8.
+    Illumination, white balance and exposure are questions about the whole picture; a U-Net with
+    self-attention at t/8.
     """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         w1, w2, w3, w4 = width // 3 * 2, width // 3 * 4, width // 3 * 8, width * 4
         self.stem = nn.Sequential(conv3(36, w1), ResidualBlock(w1))  # t/2
-        self.down2 = nn.Sequential(conv3(w1, w2, 2), ResidualBlock(w2, dropout), ResidualBlock(w2, dropout))  # t/4
-        self.down3 = nn.Sequential(conv3(w2, w3, 2), ResidualBlock(w3, dropout), SelfAttention(w3), ResidualBlock(w3, dropout))
-        self.down4 = nn.Sequential(conv3(w3, w4, 2), ResidualBlock(w4, dropout), SelfAttention(w4), ResidualBlock(w4, dropout))
+        # t/4
+        self.down2 = nn.Sequential(
+            conv3(w1, w2, 2), ResidualBlock(w2, dropout), ResidualBlock(w2, dropout)
+        )
+        self.down3 = nn.Sequential(
+            conv3(w2, w3, 2),
+            ResidualBlock(w3, dropout),
+            SelfAttention(w3),
+            ResidualBlock(w3, dropout),
+        )
+        self.down4 = nn.Sequential(
+            conv3(w3, w4, 2),
+            ResidualBlock(w4, dropout),
+            SelfAttention(w4),
+            ResidualBlock(w4, dropout),
+        )
         self.up3 = nn.Sequential(conv3(w4, w3), nn.Upsample(scale_factor=2, mode="nearest"))
         self.mix3 = nn.Sequential(ResidualBlock(w3, dropout), SelfAttention(w3))
         self.up2 = nn.Sequential(conv3(w3, w2), nn.Upsample(scale_factor=2, mode="nearest"))
@@ -1351,9 +1801,11 @@ class GlobalBranch(nn.Module):
 
 
 class LocalBranch(nn.Module):
-    """Pixels (B, 3, H, W), global grid and colour read at their place -> features at 1/2 and 1/4, residual (B, 12, H/2, W/2).
+    """Pixels (B, 3, H, W), global grid and colour read at their place -> features at 1/2 and 1/4,
+    residual (B, 12, H/2, W/2).
 
-    Fully convolutional with a bounded receptive field: a crop, a tile and the whole picture agree away from their rims.
+    Fully convolutional with a bounded receptive field: a crop, a tile and the whole picture agree
+    away from their rims.
     """
 
     def __init__(self, width: int) -> None:
@@ -1370,7 +1822,9 @@ class LocalBranch(nn.Module):
         self.out1 = nn.Sequential(ResidualBlock(w1), ResidualBlock(w1))
         self.residual = zero_init(conv3(w1, 12))
 
-    def forward(self, low: Tensor, brightness: Tensor, grid: Tensor, colour: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, low: Tensor, brightness: Tensor, grid: Tensor, colour: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         pixels = torch.cat([low_features(low, brightness), colour], dim=1)
         x1 = self.stem(F.pixel_unshuffle(pixels, 2))
         x2 = self.mix2(self.down2(x1) + self.from_grid(grid))
@@ -1382,7 +1836,8 @@ class LocalBranch(nn.Module):
 class Survey(NamedTuple):
     """What the global branch says of a whole picture, from its thumbnail (B, 3, t, t).
 
-    brightness: (B, 1, 1, 1), its mean; grid: (B, C, t/4, t/4), features; colour: (B, 3, t/4, t/4), in the flow's space.
+    brightness: (B, 1, 1, 1), its mean; grid: (B, C, t/4, t/4), features; colour: (B, 3, t/4, t/4),
+    in the flow's space.
     """
 
     brightness: Tensor
@@ -1391,7 +1846,8 @@ class Survey(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """All that the flow knows of `low`: prior_mean in the latent's layout (B, 48, H/4, W/4), features at 1/2 and 1/4."""
+    """All that the flow knows of `low`: prior_mean in the latent's layout (B, 48, H/4, W/4),
+    features at 1/2 and 1/4."""
 
     prior_mean: Tensor
     features: tuple[Tensor, Tensor]
@@ -1404,12 +1860,14 @@ def pad_to_multiple(image: Tensor, multiple: int = 8) -> Tensor:
 
 
 def dequantise(image: Tensor, noise: Tensor) -> Tensor:
-    """8-bit levels in [0, 1] and uniform noise in [0, 1) -> continuous values in [0, 1): y = (255 x + u) / 256."""
+    """8-bit levels in [0, 1] and uniform noise in [0, 1) -> continuous values in [0, 1): y = (255 x
+    + u) / 256."""
     return (image * 255 + noise) / 256
 
 
 def requantise(y: Tensor) -> Tensor:
-    """The level in [0, 1] whose bin has `y` as its centre; inverse of `dequantise` at u = 1/2, clamped."""
+    """The level in [0, 1] whose bin has `y` as its centre; inverse of `dequantise` at u = 1/2,
+    clamped."""
     return ((y * 256 - 0.5) / 255).clamp(0, 1)
 
 
@@ -1420,12 +1878,14 @@ def gaussian_log_prob(z: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
 
 
 def bits_per_dim(log_likelihood: Tensor, dimensions: int) -> Tensor:
-    """Code length of an 8-bit image from the density of its dequantised values in [0, 1]: Theis et al. 2016, section 3.1."""
+    """Code length of an 8-bit image from the density of its dequantised values in [0, 1]: Theis et
+    al. 2016, section 3.1."""
     return -log_likelihood / (dimensions * math.log(2)) + 8
 
 
 class ConditionalFlow(System):
-    """p(high | low): an exact flow whose prior N(mu(low), sigma^2 I) has mu from a global and a local branch."""
+    """p(high | low): an exact flow whose prior N(mu(low), sigma^2 I) has mu from a global and a
+    local branch."""
 
     system = "ConditionalFlow"
 
@@ -1439,22 +1899,26 @@ class ConditionalFlow(System):
 
     @property
     def reach(self) -> int:
-        """Pixels beyond which nothing of `low` but its survey can change an output: the halo of a tile, a multiple of 8.
+        """Pixels beyond which nothing of `low` but its survey can change an output: the halo of a
+        tile, a multiple of 8.
 
-        The sum of every 3x3 convolution's stride from output to input; 7 for tiles that start within a block of 8.
+        The sum of every 3x3 convolution's stride from output to input; 7 for tiles that start
+        within a block of 8.
         """
         flow = 2 * (2 + 4) * self.config.num_flow_blocks
         half, quarter, eighth = 2 * (1 + 4 + 1 + 3), 4 * (2 + 1 + 2), 8 * (1 + 4)
         return math.ceil((flow + half + quarter + eighth + 7) / 8) * 8
 
     def survey(self, thumbnail: Tensor) -> Survey:
-        """The global branch's view of whole pictures, of which only thumbnails (B, 3, t, t) are needed."""
+        """The global branch's view of whole pictures, of which only thumbnails (B, 3, t, t) are
+        needed."""
         brightness = thumbnail.mean((1, 2, 3), keepdim=True).clamp(min=1 / 255)
         grid, colour = self.global_branch(thumbnail, brightness)
         return Survey(brightness, grid.to(thumbnail.dtype), colour.to(thumbnail.dtype))
 
     def condition(self, low: Tensor, survey: Survey, box: Tensor) -> Condition:
-        """What the flow is told of `low` (B, 3, H, W), sides multiples of 8, that lies at `box` (B, 4) of what was surveyed."""
+        """What the flow is told of `low` (B, 3, H, W), sides multiples of 8, that lies at `box` (B,
+        4) of what was surveyed."""
         height, width = low.shape[-2:]
         colour = sample_grid(survey.colour, box, (height, width))
         grid = sample_grid(survey.grid, box, (height // 4, width // 4))
@@ -1466,17 +1930,23 @@ class ConditionalFlow(System):
         """Picture in [0, 1] (B, 3, H, W) of a latent (B, 48, H/4, W/4)."""
         return requantise(self.flow.inverse(latent, condition.features)[0])
 
-    def log_likelihood(self, high: Tensor, condition: Condition, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(log p(dequantised high | low) in nats (B,), standardised latent); sides multiples of 4."""
+    def log_likelihood(
+        self, high: Tensor, condition: Condition, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(log p(dequantised high | low) in nats (B,), standardised latent); sides multiples of
+        4."""
         latent, log_det = self.flow(dequantise(high, noise), condition.features)
         log_prob = gaussian_log_prob(latent, condition.prior_mean, self.log_sigma)
         return log_prob + log_det, (latent - condition.prior_mean) * (-self.log_sigma).exp()
 
     def losses(self, batch: Sample) -> dict[str, Tensor]:
-        """Named, weighted terms of the training loss, scalars; terms of weight 0 are not computed."""
+        """Named, weighted terms of the training loss, scalars; terms of weight 0 are not
+        computed."""
         config, (height, width) = self.config, batch.high.shape[-2:]
         survey = self.survey(batch.thumbnail)
-        condition = self.condition(pad_to_multiple(batch.low), survey, padded_box(batch.box, height, width))
+        condition = self.condition(
+            pad_to_multiple(batch.low), survey, padded_box(batch.box, height, width)
+        )
         terms: dict[str, Tensor] = {}
         if config.nll_weight:
             bits = self._bits(batch.high, condition)[0]
@@ -1487,31 +1957,40 @@ class ConditionalFlow(System):
         return terms
 
     def _bits(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(bits per dimension (B,), standardised latent) of `high`, cut to multiples of 4 so that padding never counts."""
+        """(bits per dimension (B,), standardised latent) of `high`, cut to multiples of 4 so that
+        padding never counts."""
         height, width = high.shape[-2] // 4 * 4, high.shape[-1] // 4 * 4
         half, quarter = condition.features
         cut = condition._replace(
             prior_mean=condition.prior_mean[..., : height // 4, : width // 4],
-            features=(half[..., : height // 2, : width // 2], quarter[..., : height // 4, : width // 4]),
+            features=(
+                half[..., : height // 2, : width // 2],
+                quarter[..., : height // 4, : width // 4],
+            ),
         )
         high = high[..., :height, :width]
-        # one draw of noise serves all of the batch: as good on average, and the same however the batch is divided
+        # one draw of noise serves all of the batch: as good on average, and the same however the
+        # batch is divided
         log_likelihood, latent = self.log_likelihood(high, cut, torch.rand_like(high[:1]))
         return bits_per_dim(log_likelihood, high[0].numel()), latent
 
     def _condition_whole(self, low: Tensor) -> Condition:
         size = self.config.thumbnail_size
-        box = padded_box(torch.tensor([WHOLE_BOX], device=low.device).expand(len(low), 4), *low.shape[-2:])
+        box = padded_box(
+            torch.tensor([WHOLE_BOX], device=low.device).expand(len(low), 4), *low.shape[-2:]
+        )
         return self.condition(pad_to_multiple(low), self.survey(resize(low, (size, size))), box)
 
     def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-        """(bits per dimension (B,), standardised latent) of whole pictures `high` given `low`, each (B, 3, H, W) in [0, 1]."""
+        """(bits per dimension (B,), standardised latent) of whole pictures `high` given `low`, each
+        (B, 3, H, W) in [0, 1]."""
         return self._bits(high, self._condition_whole(low))
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         """Enhanced whole pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16.
 
-        `temperature` 0 decodes z = mu(low); above 0 it draws z ~ N(mu(low), (temperature sigma)^2 I).
+        `temperature` 0 decodes z = mu(low); above 0 it draws z ~ N(mu(low), (temperature sigma)^2
+        I).
         """
         condition = self._condition_whole(low)
         latent = condition.prior_mean
@@ -1522,38 +2001,58 @@ class ConditionalFlow(System):
 
 def padded_box(box: Tensor, height: int, width: int, multiple: int = 8) -> Tensor:
     """The box of a picture that `pad_to_multiple` made larger at its right and bottom."""
-    stretch = box.new_tensor([(width + -width % multiple) / width, (height + -height % multiple) / height])
+    stretch = box.new_tensor(
+        [(width + -width % multiple) / width, (height + -height % multiple) / height]
+    )
     return torch.cat([box[:, :2], box[:, :2] + (box[:, 2:] - box[:, :2]) * stretch], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses: small pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
-    """Structural similarity (B,) of (B, C, H, W) images in [0, 1], Wang et al. 2004, with the uniform 7x7 window and the
-    sample covariance of scikit-image's default: the loss is the metric."""
+    """Structural similarity (B,) of (B, C, H, W) images in [0, 1], Wang et al. 2004, with the
+    uniform 7x7 window and the sample covariance of scikit-image's default: the loss is the
+    metric."""
     sample = window**2 / (window**2 - 1)
     maps = torch.cat([a, b, a * a, b * b, a * b], 1).contiguous(memory_format=torch.channels_last)
-    means = F.avg_pool2d(F.avg_pool2d(maps, (window, 1), 1), (1, window), 1)  # a box is separable: 2.5x faster so
+    # a box is separable: 2.5x faster so
+    means = F.avg_pool2d(F.avg_pool2d(maps, (window, 1), 1), (1, window), 1)
     mean_a, mean_b, aa, bb, ab = means.chunk(5, dim=1)
-    var_a, var_b, cov = sample * (aa - mean_a**2), sample * (bb - mean_b**2), sample * (ab - mean_a * mean_b)
+    var_a, var_b, cov = (
+        sample * (aa - mean_a**2),
+        sample * (bb - mean_b**2),
+        sample * (ab - mean_a * mean_b),
+    )
     c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    value = (
+        (2 * mean_a * mean_b + c1)
+        * (2 * cov + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    )
     return value.mean((1, 2, 3))
 
 
-def soft_histogram(values: Tensor, bins: int, kernel: str = "triangle", sigma: float = 0.002) -> Tensor:
+def soft_histogram(
+    values: Tensor, bins: int, kernel: str = "triangle", sigma: float = 0.002
+) -> Tensor:
     """(..., bins), summing to 1, of values (..., N) in [0, 1]; bin centres at k / (bins - 1).
 
-    triangle: linear interpolation between the two nearest bins. inverse_quadratic: ELIEI's 1 / (1 + (d / sigma)^2).
+    triangle: linear interpolation between the two nearest bins. inverse_quadratic: ELIEI's 1 / (1 +
+    (d / sigma)^2).
     """
-    if kernel == "triangle":  # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
+    # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
+    if kernel == "triangle":
         place = values * (bins - 1)
         left = place.detach().floor().clamp(0, bins - 2)
         share, left = place - left, left.long()
-        counts = values.new_zeros(*values.shape[:-1], bins).scatter_add(-1, left, 1 - share).scatter_add(-1, left + 1, share)
+        counts = (
+            values.new_zeros(*values.shape[:-1], bins)
+            .scatter_add(-1, left, 1 - share)
+            .scatter_add(-1, left + 1, share)
+        )
     else:
         centres = torch.linspace(0, 1, bins, device=values.device, dtype=values.dtype)
         counts = (1 / (1 + ((values[..., None] - centres) / sigma) ** 2)).sum(-2)
@@ -1561,12 +2060,14 @@ def soft_histogram(values: Tensor, bins: int, kernel: str = "triangle", sigma: f
 
 
 def histogram_wasserstein(p: Tensor, q: Tensor) -> Tensor:
-    """1-Wasserstein distance (...,) in [0, 1] of histograms (..., bins) on [0, 1]: the area between their CDFs."""
+    """1-Wasserstein distance (...,) in [0, 1] of histograms (..., bins) on [0, 1]: the area between
+    their CDFs."""
     return (p - q).cumsum(-1).abs().sum(-1) / (p.shape[-1] - 1)
 
 
 def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
-    """Mean per-channel Wasserstein distance between the colour histograms of (B, 3, H, W) images in [0, 1]."""
+    """Mean per-channel Wasserstein distance between the colour histograms of (B, 3, H, W) images in
+    [0, 1]."""
     size = (min(config.histogram_size, a.shape[-2]), min(config.histogram_size, a.shape[-1]))
     histograms = [
         soft_histogram(
@@ -1581,7 +2082,8 @@ def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
 
 
 def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
-    """The weighted terms that compare (B, 3, H, W) pictures in [0, 1]; those of weight 0 are not computed."""
+    """The weighted terms that compare (B, 3, H, W) pictures in [0, 1]; those of weight 0 are not
+    computed."""
     terms: dict[str, Tensor] = {}
     if config.l1_weight:
         terms["l1"] = config.l1_weight * F.l1_loss(enhanced, high)
@@ -1592,9 +2094,9 @@ def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, 
     return terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes: torchrun starts several; each does its share, the first one speaks and writes
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def processes() -> int:
@@ -1621,7 +2123,8 @@ def from_first(value: Any) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """Every process's `value`, by rank, in every process; none goes on before all have come here."""
+    """Every process's `value`, by rank, in every process; none goes on before all have come
+    here."""
     values = [value] * processes()
     if processes() > 1:
         dist.all_gather_object(values, value)
@@ -1637,7 +2140,8 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 @contextmanager
 def process_group(mode: str, device: str) -> Iterator[None]:
-    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first fall silent."""
+    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first
+    fall silent."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -1647,20 +2151,39 @@ def process_group(mode: str, device: str) -> Iterator[None]:
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         if here > torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start one process each")
+            raise UserError(
+                f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start"
+                " one process each"
+            )
         torch.cuda.set_device(place)
-    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which leaves cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun's default, which leaves cores idle
+    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(max(1, cores // here))
     where: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise UserError("--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each; set it there")
-        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch issue 135712)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        if (
+            os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        ):
+            raise UserError(
+                "--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on"
+                " each; set it there"
+            )
+        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch
+        # issue 135712)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
         attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         where = dict(
-            store=dist.PrefixStore(attempt, store), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+            store=dist.PrefixStore(attempt, store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
         )
     dist.init_process_group("nccl" if cuda else "gloo", **where)
     try:
@@ -1668,28 +2191,31 @@ def process_group(mode: str, device: str) -> Iterator[None]:
             yield
             from_all(True)  # leave together: who leaves a group that is still at work may crash
     finally:
-        # The group's threads must end before the interpreter does: one that then asks for the GIL aborts the process.
+        # The group's threads must end before the interpreter does: one that then asks for the GIL
+        # aborts the process.
         gc.collect()  # DistributedDataParallel holds the group and lies in a cycle
         dist.destroy_process_group()
 
 
 def progress_style() -> dict[str, Any]:
-    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all but the first process."""
+    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all
+    but the first process."""
     terminal = sys.stderr.isatty()
     interval = 0.2 if terminal else 30.0
     return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runtime and checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
 RUN_FILE = ".run_id"  # in checkpoint_dir: the run that trains there
 
 
 class Runtime(NamedTuple):
-    """Where and how precisely to compute; decided once. `dtype` is that of autocast, float32 for none."""
+    """Where and how precisely to compute; decided once. `dtype` is that of autocast, float32 for
+    none."""
 
     device: torch.device
     dtype: torch.dtype
@@ -1698,40 +2224,72 @@ class Runtime(NamedTuple):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: System) -> System:
-        """The model on the device, channels last: 1.2x (batch 8) to 9x (batch 1) faster 3x3 convolutions on CPU."""
+        """The model on the device, channels last: 1.2x (batch 8) to 9x (batch 1) faster 3x3
+        convolutions on CPU."""
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def batch(self, sample: Sample) -> Sample:
         return Sample(*(part.to(self.device, non_blocking=True) for part in sample))
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
         return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
 
 
 def choose_runtime(config: Config) -> Runtime:
-    """The device and precision that the config asks for. Raises UserError for a device that is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = next(n for n in ("cuda", "mps", "cpu") if there[n]) if config.device == "auto" else config.device
+    """The device and precision that the config asks for. Raises UserError for a device that is not
+    there."""
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    name = (
+        next(n for n in ("cuda", "mps", "cpu") if there[n])
+        if config.device == "auto"
+        else config.device
+    )
     if not there[name]:
         raise UserError(f"device: {name} is not available here; use --set device=auto")
     dtype = torch.float32
     if config.use_amp and name == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        dtype = (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     if config.use_amp and name == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtype = torch.bfloat16  # emulated bf16, on processors without it, is slower than fp32
     return Runtime(torch.device(name), dtype)
 
 
-# all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some fill the memory from 50 bytes
+# all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some
+# fill the memory from 50 bytes
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    f"torch {kind}Storage"
+    for kind in (
+        "Float",
+        "Double",
+        "Half",
+        "BFloat16",
+        "Long",
+        "Int",
+        "Short",
+        "Char",
+        "Byte",
+        "Bool",
+    )
 }
 LONGEST_PICKLE = 2**24
 
 
 def refuse_hostile(path: str) -> None:
-    """Raises UserError, before PyTorch reads a checkpoint, where it is packed, grows when it is read or names a function."""
+    """Raises UserError, before PyTorch reads a checkpoint, where it is packed, grows when it is
+    read or names a function."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -1740,16 +2298,22 @@ def refuse_hostile(path: str) -> None:
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
                 if entry.file_size > LONGEST_PICKLE:
-                    raise UserError(f"{path}: not a checkpoint of this script (its table is too long)")
+                    raise UserError(
+                        f"{path}: not a checkpoint of this script (its table is too long)"
+                    )
                 codes = pickletools.genops(archive.read(entry))
                 foreign = {str(name) for code, name, _ in codes if code.name == "GLOBAL"} - PICKLED
                 if foreign:
                     name = shown(min(foreign))
-                    raise UserError(f"{path}: not a checkpoint of this script (it names {name}, which was not run)")
+                    raise UserError(
+                        f"{path}: not a checkpoint of this script (it names {name}, which was not"
+                        " run)"
+                    )
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises UserError."""
+    """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises
+    UserError."""
     try:
         refuse_hostile(path)
         with warnings.catch_warnings():
@@ -1758,33 +2322,57 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})") from None
-    except Exception as error:  # torch.load raises many kinds for hostile or damaged files; each is the same to the user
-        raise UserError(f"{path}: not a checkpoint of this script, or a damaged one ({type(error).__name__})") from None
+        raise UserError(
+            f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})"
+        ) from None
+    # torch.load raises many kinds for hostile or damaged files; each is the same to the user
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a checkpoint of this script, or a damaged one ({type(error).__name__})"
+        ) from None
     if type(content) is not dict or not {"format_version", "config", "model"} <= content.keys():
-        raise UserError(f"{path}: not a checkpoint of this script (format_version, config or model is missing)")
+        raise UserError(
+            f"{path}: not a checkpoint of this script (format_version, config or model is missing)"
+        )
     config, version = content["config"], content["format_version"]
     if type(config) is not dict or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{path}: not a checkpoint of this script (its config is no table of settings)")
+        raise UserError(
+            f"{path}: not a checkpoint of this script (its config is no table of settings)"
+        )
     if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {shown(version)}, this script reads version {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: format version {shown(version)}, this script reads version {FORMAT_VERSION}"
+        )
     if not all(isinstance(content.get(key, ""), str) for key in ("system", "run_id")):
-        raise UserError(f"{path}: not a checkpoint of this script (its system and run_id are no texts)")
+        raise UserError(
+            f"{path}: not a checkpoint of this script (its system and run_id are no texts)"
+        )
     return content
 
 
-def checkpoint_config(checkpoint: dict[str, Any], path: str, settings: dict[str, Any], config_class: type[Config]) -> Config:
-    """The checkpoint's own config under `settings`. Raises UserError where they name another architecture.
+def checkpoint_config(
+    checkpoint: dict[str, Any], path: str, settings: dict[str, Any], config_class: type[Config]
+) -> Config:
+    """The checkpoint's own config under `settings`. Raises UserError where they name another
+    architecture.
 
-    Folders recorded in the checkpoint count only where they exist: weights travel, data sets do not.
+    Folders recorded in the checkpoint count only where they exist: weights travel, data sets do
+    not.
     """
     stored = typed_settings(config_class(), checkpoint["config"], path)
-    there = {name: value for name, value in stored.items() if name not in FOLDER_KEYS or os.path.isdir(value)}
+    there = {
+        name: value
+        for name, value in stored.items()
+        if name not in FOLDER_KEYS or os.path.isdir(value)
+    }
     config = apply_settings(config_class(), there, path)
     for key in dataclasses.fields(config):
         mine = getattr(config, key.name)
         if key.metadata["architecture"] and settings.get(key.name, mine) != mine:
-            raise UserError(f"{key.name}: {path} was trained with {mine}, the config says {settings[key.name]}; drop one")
+            raise UserError(
+                f"{key.name}: {path} was trained with {mine}, the config says {settings[key.name]};"
+                " drop one"
+            )
     return apply_settings(config, settings, "config")
 
 
@@ -1797,39 +2385,62 @@ def check_system(checkpoint: dict[str, Any], path: str, model_class: type[System
     """Raises UserError when the checkpoint is another system's."""
     theirs, ours = checkpoint.get("system", ConditionalFlow.system), system_of(model_class)
     if theirs != ours:
-        raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; use the script that trained them")
+        raise UserError(
+            f"{path}: holds weights of {theirs}, not of {ours}; use the script that trained them"
+        )
 
 
-def check_weights(checkpoint: dict[str, Any], path: str, model_class: type[System], config: Config) -> None:
-    """Raises UserError unless the weights are a model's of this config; the model is not built, which may take gigabytes."""
+def check_weights(
+    checkpoint: dict[str, Any], path: str, model_class: type[System], config: Config
+) -> None:
+    """Raises UserError unless the weights are a model's of this config; the model is not built,
+    which may take gigabytes."""
     check_system(checkpoint, path, model_class)
 
     def form(value: Any) -> Any:
-        return (value.shape, value.is_floating_point(), value.is_complex()) if isinstance(value, Tensor) else None
+        return (
+            (value.shape, value.is_floating_point(), value.is_complex())
+            if isinstance(value, Tensor)
+            else None
+        )
 
     try:
         with torch.device("meta"):
-            expected = {name: form(value) for name, value in model_class(config).state_dict().items()}
+            expected = {
+                name: form(value) for name, value in model_class(config).state_dict().items()
+            }
     except RuntimeError:  # a class that computes with its weights as it is built
         return
     found = checkpoint["model"]
-    if not isinstance(found, dict) or {name: form(value) for name, value in dict.items(found)} != expected:
-        raise UserError(f"{path}: the weights do not fit the architecture that its config describes")
+    if (
+        not isinstance(found, dict)
+        or {name: form(value) for name, value in dict.items(found)} != expected
+    ):
+        raise UserError(
+            f"{path}: the weights do not fit the architecture that its config describes"
+        )
 
 
 @torch.no_grad()
 def load_weights(model: System, checkpoint: dict[str, Any], path: str) -> None:
-    """Put a checkpoint's weights into `model`. Raises UserError when they do not fit, are not finite or not invertible."""
+    """Put a checkpoint's weights into `model`. Raises UserError when they do not fit, are not
+    finite or not invertible."""
     check_system(checkpoint, path, type(model))
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError):
-        raise UserError(f"{path}: the weights do not fit the architecture that its config describes") from None
+        raise UserError(
+            f"{path}: the weights do not fit the architecture that its config describes"
+        ) from None
     matrices = [layer.weight() for layer in model.modules() if isinstance(layer, InvertibleConv)]
     if not all(bool(p.isfinite().all()) for p in [*model.parameters(), *matrices]):
-        raise UserError(f"{path}: holds weights that are not finite; go back to an earlier checkpoint")
+        raise UserError(
+            f"{path}: holds weights that are not finite; go back to an earlier checkpoint"
+        )
     if any(bool(torch.linalg.inv_ex(matrix).info) for matrix in matrices):
-        raise UserError(f"{path}: holds weights that cannot be inverted; go back to an earlier checkpoint")
+        raise UserError(
+            f"{path}: holds weights that cannot be inverted; go back to an earlier checkpoint"
+        )
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -1841,11 +2452,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())  # a power cut must not leave the name without the content
         except RuntimeError as error:  # torch reports a full disk so
-            raise UserError(f"{path}: cannot write ({error}); check the folder and the free space") from None
+            raise UserError(
+                f"{path}: cannot write ({error}); check the folder and the free space"
+            ) from None
 
 
 def written_by(path: Path, run_id: str) -> bool:
-    """Whether the run `run_id` wrote the checkpoint `path`; an unreadable one counts as another's."""
+    """Whether the run `run_id` wrote the checkpoint `path`; an unreadable one counts as
+    another's."""
     try:
         return load_checkpoint(str(path)).get("run_id") == run_id
     except UserError:
@@ -1853,7 +2467,8 @@ def written_by(path: Path, run_id: str) -> bool:
 
 
 def newest_checkpoint(folder: Path, run_id: str = "") -> str | None:
-    """The checkpoint to resume from that was written last in `folder`, by the run `run_id` if one is named."""
+    """The checkpoint to resume from that was written last in `folder`, by the run `run_id` if one
+    is named."""
     found = [*folder.glob("checkpoint_epoch_*.pth"), *folder.glob("checkpoint_interrupted.pth")]
     own = [path for path in found if path.stem.count("_") <= 2]  # those set aside carry a date
     latest = sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -1861,7 +2476,8 @@ def newest_checkpoint(folder: Path, run_id: str = "") -> str | None:
 
 
 def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> None:
-    """Rename `path`, with its date, when another run wrote it: no run destroys another's weights."""
+    """Rename `path`, with its date, when another run wrote it: no run destroys another's
+    weights."""
     if not path.exists() or written_by(path, run_id):
         return
     stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
@@ -1874,9 +2490,9 @@ def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> No
     log(f"{path} is another run's; it is now {aside}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics: float images in [0, 1], (H, W, 3), by scikit-image
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the literature's test scripts
 
@@ -1885,7 +2501,9 @@ def check_range(*images: np.ndarray) -> None:
     """Metrics assume a peak of 1; one value of 1.001 must not turn into a guess."""
     for image in images:
         if image.min() < 0 or image.max() > 1:
-            raise ValueError(f"images must be in [0, 1], got [{image.min():.4f}, {image.max():.4f}]")
+            raise ValueError(
+                f"images must be in [0, 1], got [{image.min():.4f}, {image.max():.4f}]"
+            )
 
 
 def psnr_of(enhanced: np.ndarray, high: np.ndarray) -> float:
@@ -1900,7 +2518,9 @@ def ssim_of(enhanced: np.ndarray, high: np.ndarray) -> float:
     """Structural similarity of (H, W, 3) or grey (H, W) images, scikit-image's default window."""
     check_range(enhanced, high)
     axis = 2 if enhanced.ndim == 3 else None
-    return float(skimage.metrics.structural_similarity(high, enhanced, data_range=1.0, channel_axis=axis))
+    return float(
+        skimage.metrics.structural_similarity(high, enhanced, data_range=1.0, channel_axis=axis)
+    )
 
 
 def ciede2000_of(enhanced: np.ndarray, high: np.ndarray) -> float:
@@ -1918,18 +2538,21 @@ def colourfulness(image: np.ndarray) -> float:
 
 
 def wasserstein_of(enhanced: np.ndarray, high: np.ndarray) -> float:
-    """Exact 1-Wasserstein distance between the channels' value distributions, mean over R, G, B, in [0, 1]."""
+    """Exact 1-Wasserstein distance between the channels' value distributions, mean over R, G, B, in
+    [0, 1]."""
     a, b = (np.sort(image.reshape(-1, 3), axis=0) for image in (enhanced, high))
     return float(np.abs(a - b).mean())
 
 
 def match_mean(enhanced: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """`enhanced` at the target's mean grey: the literature's GT-mean trick. It uses the ground truth."""
+    """`enhanced` at the target's mean grey: the literature's GT-mean trick. It uses the ground
+    truth."""
     return np.clip(enhanced * ((high @ GREY).mean() / max((enhanced @ GREY).mean(), 1e-6)), 0, 1)
 
 
 def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
-    """Every score of one picture, (H, W, 3) float in [0, 1] each. Names ending in gt_mean had help from the ground truth."""
+    """Every score of one picture, (H, W, 3) float in [0, 1] each. Names ending in gt_mean had help
+    from the ground truth."""
     matched = match_mean(enhanced, high)
     return {
         "psnr": psnr_of(enhanced, high),
@@ -1942,8 +2565,11 @@ def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
     }
 
 
-def load_lpips(log: Callable[[str], None] = print) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its weights are missing."""
+def load_lpips(
+    log: Callable[[str], None] = print,
+) -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its
+    weights are missing."""
     try:
         import lpips
 
@@ -1959,25 +2585,31 @@ def load_lpips(log: Callable[[str], None] = print) -> Callable[[np.ndarray, np.n
 
     @torch.no_grad()
     def score(enhanced: np.ndarray, high: np.ndarray) -> float:
-        a, b = (torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1 for image in (enhanced, high))
+        a, b = (
+            torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1
+            for image in (enhanced, high)
+        )
         return float(network(a, b))
 
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures for people: triptychs and contact sheets
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
-    """(3, H, W) images side by side under a caption line that names each; `scores` follows the second label."""
+    """(3, H, W) images side by side under a caption line that names each; `scores` follows the
+    second label."""
     height, width = images[0].shape[-2:]
     shown = max(width, 200)  # captions need room
     points = max(11, shown // 32)
     font, bar = ImageFont.load_default(size=points), int(points * 1.8)
     scale = shown / width
-    canvas = Image.new("RGB", (shown * len(images) + 4 * (len(images) - 1), round(height * scale) + bar), "white")
+    canvas = Image.new(
+        "RGB", (shown * len(images) + 4 * (len(images) - 1), round(height * scale) + bar), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for place, (image, label) in enumerate(zip(images, labels, strict=True)):
         left = place * (shown + 4)
@@ -1985,7 +2617,12 @@ def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") 
         if shown != width:
             picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
         canvas.paste(picture, (left, bar))
-        draw.text((left + 4, bar // 8), label + (f"  {scores}" if place == 1 and scores else ""), fill="black", font=font)
+        draw.text(
+            (left + 4, bar // 8),
+            label + (f"  {scores}" if place == 1 and scores else ""),
+            fill="black",
+            font=font,
+        )
     return canvas
 
 
@@ -1993,33 +2630,50 @@ def contact_sheet(rows: Sequence[Image.Image], width: int = 1200) -> Image.Image
     """Captioned strips below each other, all `width` wide."""
     from torchvision.utils import make_grid  # two seconds to import; only written sheets need it
 
-    strips = [strip.resize((width, round(strip.height * width / strip.width)), Image.Resampling.LANCZOS) for strip in rows]
+    strips = [
+        strip.resize((width, round(strip.height * width / strip.width)), Image.Resampling.LANCZOS)
+        for strip in rows
+    ]
     tallest = max(strip.height for strip in strips)
     tensors = [to_tensor(np.asarray(strip)) for strip in strips]
     padded = [F.pad(t, (0, 0, 0, tallest - t.shape[1]), value=1.0) for t in tensors]
     return Image.fromarray(to_uint8(make_grid(padded, nrow=1, padding=6, pad_value=1.0)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def learning_rate_at(progress: float, step: int, config: Config) -> float:
-    """Linear warm-up over warmup_steps, then half a cosine to 1 % of the peak; `progress` in [0, 1] is the share done."""
+    """Linear warm-up over warmup_steps, then half a cosine to 1 % of the peak; `progress` in [0, 1]
+    is the share done."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.learning_rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+    return (
+        config.learning_rate
+        * warm
+        * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+    )
 
 
 def adamw(parameters: Iterable[Any], config: Config) -> torch.optim.Optimizer:
-    """AdamW over parameters or groups of them; a group's `lr_scale` multiplies the scheduled learning rate."""
-    return torch.optim.AdamW(parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    """AdamW over parameters or groups of them; a group's `lr_scale` multiplies the scheduled
+    learning rate."""
+    return torch.optim.AdamW(
+        parameters,
+        config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """Exponential moving average of the weights; its decay warms up as (1 + n) / (10 + n), so that it forgets the start."""
+    """Exponential moving average of the weights; its decay warms up as (1 + n) / (10 + n), so that
+    it forgets the start."""
 
-    def average(averages: Any, current: Any, count: Tensor | int) -> None:  # tuples or lists of tensors
+    # tuples or lists of tensors
+    def average(averages: Any, current: Any, count: Tensor | int) -> None:
         now = min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averages, current, 1 - now)
 
@@ -2028,7 +2682,8 @@ def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.Aver
 
 @contextmanager
 def polite_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two; a second Ctrl-C breaks."""
+    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two; a second
+    Ctrl-C breaks."""
     import signal
 
     caught: list[int] = []
@@ -2050,7 +2705,8 @@ def polite_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files are removed."""
+    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files
+    are removed."""
     import signal
 
     try:
@@ -2075,7 +2731,9 @@ def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list
     """(training store, its indices, validation store, its indices)."""
     store = PairStore(find_pairs(config.train_low_dir, config.train_high_dir, "train"), config)
     if config.val_low_dir:
-        held_out = PairStore(find_pairs(config.val_low_dir, config.val_high_dir, "val"), config, room=store.room)
+        held_out = PairStore(
+            find_pairs(config.val_low_dir, config.val_high_dir, "val"), config, room=store.room
+        )
         return store, list(range(len(store))), held_out, list(range(len(held_out)))
     training, validation = split_by_scene(store.thumbnails, config)
     return store, training, store, validation
@@ -2085,11 +2743,13 @@ def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list
 def curves(log_dir: Path) -> Iterator[Any]:
     """TensorBoard's writer for `log_dir`. Raises UserError when what was logged cannot be written.
 
-    Its thread hands an error on and then dies of it: that traceback would be the second report of one full disk.
+    Its thread hands an error on and then dies of it: that traceback would be the second report of
+    one full disk.
     """
     import threading
 
-    from torch.utils.tensorboard import SummaryWriter  # two seconds to import; only training needs it
+    # two seconds to import; only training needs it
+    from torch.utils.tensorboard import SummaryWriter
 
     def report(failed: threading.ExceptHookArgs) -> None:
         if not isinstance(failed.exc_value, OSError):
@@ -2105,7 +2765,10 @@ def curves(log_dir: Path) -> Iterator[Any]:
         for thread in set(threading.enumerate()) - others:
             thread.join(timeout=1)  # it may still be on its way to its traceback
         where = error.filename or log_dir
-        raise UserError(f"{where}: cannot write ({error.strerror or error}); check the folder and the free space") from None
+        raise UserError(
+            f"{where}: cannot write ({error.strerror or error}); check the folder and the free"
+            " space"
+        ) from None
     finally:
         threading.excepthook = before
 
@@ -2127,7 +2790,8 @@ def cpp_compiler() -> str:
 
 
 def compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` by torch.compile, with the random numbers that it draws without. Raises UserError without a C++ compiler."""
+    """`module` by torch.compile, with the random numbers that it draws without. Raises UserError
+    without a C++ compiler."""
     if device.type == "cpu" and not shutil.which(cpp_compiler()):
         lacking = f"{cpp_compiler()} is not here; install it or use --set compile=false"
         raise UserError(f"compile: needs a C++ compiler, and {lacking}")
@@ -2135,27 +2799,36 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[list[Any], float]]:
-    """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its share of the batch.
+    """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its
+    share of the batch.
 
-    A process for which nothing is left does the first item at weight 0: it is needed when gradients are exchanged.
+    A process for which nothing is left does the first item at weight 0: it is needed when gradients
+    are exchanged.
     """
     mine = np.array_split(np.arange(len(batch)), of)[place]
     chunks = [chunk for chunk in np.array_split(mine, parts) if len(chunk)]
-    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [([batch[0]], 0.0)]
+    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [
+        ([batch[0]], 0.0)
+    ]
 
 
 class Trainer:
-    """One training run. `step` is its only clock: data order, augmentation, noise and learning rate follow from it.
+    """One training run. `step` is its only clock: data order, augmentation, noise and learning rate
+    follow from it.
 
-    Under torchrun every process does its share of each batch, and the steps are those of one process (but for rounding).
+    Under torchrun every process does its share of each batch, and the steps are those of one
+    process (but for rounding).
     """
 
-    def __init__(self, config: Config, model_class: type[System], resume: str | None = None) -> None:
+    def __init__(
+        self, config: Config, model_class: type[System], resume: str | None = None
+    ) -> None:
         self.config, self.runtime = config, choose_runtime(config)
         state = load_checkpoint(resume) if resume else None
         if state is not None and "training" not in state:
             raise UserError(
-                f"{resume}: holds weights only; resume from a checkpoint_epoch_N.pth, or start with --set init_from={resume}"
+                f"{resume}: holds weights only; resume from a checkpoint_epoch_N.pth, or start with"
+                f" --set init_from={resume}"
             )
         if state is not None:
             check_weights(state, str(resume), model_class, config)
@@ -2169,7 +2842,9 @@ class Trainer:
         self.ema = averaged_model(self.model, config.ema_decay)
         self.averaged = cast(System, self.ema.module)
         self.optimizer = self.model.make_optimizer()
-        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            self.runtime.device.type, enabled=self.runtime.dtype == torch.float16
+        )
         self.step, self.minutes, self.best = 0, 0.0, -math.inf
         self.kept: list[str] = []  # checkpoint_epoch_N.pth, the newest last
         self.run_id = from_first(datetime.now().strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex())
@@ -2182,11 +2857,13 @@ class Trainer:
         self.parallel: nn.Module = LossModule(self.model)
         if processes() > 1:
             # a term of weight 0, or training in stages, leaves parameters without gradient
-            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.parallel, find_unused_parameters=True
+            )
         if config.compile:
             self.parallel = compiled(self.parallel, self.runtime.device)
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state ----------------------------------------------------------------------------------------
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
         load_weights(self.averaged, state, path)
@@ -2194,27 +2871,47 @@ class Trainer:
             training = state["training"]
             self.model.load_state_dict(training["model"])
             self.ema.n_averaged.copy_(training["averaged"])
-            own = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # they follow from the config and the step
+            # they follow from the config and the step
+            own = {"param_groups": self.optimizer.state_dict()["param_groups"]}
             self.optimizer.load_state_dict(training["optimizer"] | own)
             self.scaler.load_state_dict(training["scaler"])
             self.step, self.minutes = int(training["step"]), float(training["minutes"])
-            self.best, self.kept, self.run_id = float(training["best"]), list(training["kept"]), str(state["run_id"])
-            moments = [(p, v) for p, values in self.optimizer.state.items() for v in values.values() if isinstance(v, Tensor)]
-            fits = all(v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in moments)
-            if not fits and isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):  # another may keep what it likes
+            self.best, self.kept, self.run_id = (
+                float(training["best"]),
+                list(training["kept"]),
+                str(state["run_id"]),
+            )
+            moments = [
+                (p, v)
+                for p, values in self.optimizer.state.items()
+                for v in values.values()
+                if isinstance(v, Tensor)
+            ]
+            fits = all(
+                v.shape in (p.shape, torch.Size()) and bool(v.isfinite().all()) for p, v in moments
+            )
+            # another may keep what it likes
+            if not fits and isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
                 raise ValueError
             if self.step < 0 or not 0 <= self.minutes < math.inf or math.isnan(self.best):
                 raise ValueError
             run = self.run_id  # it becomes a folder
             if not run or not is_text(run) or Path(run).name != run or run.startswith("."):
                 raise ValueError
-            if not all(isinstance(name, str) and re.fullmatch(r"checkpoint_epoch_\d+\.pth", name) for name in self.kept):
+            if not all(
+                isinstance(name, str) and re.fullmatch(r"checkpoint_epoch_\d+\.pth", name)
+                for name in self.kept
+            ):
                 raise ValueError  # they are removed one day
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path}: its training state is damaged ({type(error).__name__}); resume from another") from None
+            raise UserError(
+                f"{path}: its training state is damaged ({type(error).__name__}); resume from"
+                " another"
+            ) from None
 
     def _deployable(self) -> dict[str, Any]:
-        """What enhancement needs: averaged weights, the config, where they come from, and how to know the training pictures."""
+        """What enhancement needs: averaged weights, the config, where they come from, and how to
+        know the training pictures."""
         return {
             "run_id": self.run_id,
             "system": system_of(type(self.averaged)),
@@ -2255,12 +2952,18 @@ class Trainer:
                 (self.folder / other).unlink()
 
     def _claim_folder(self) -> None:
-        """Note whose folder this is, for restarts by torchrun; remove what a killed process of this run left over.
+        """Note whose folder this is, for restarts by torchrun; remove what a killed process of this
+        run left over.
 
-        The note is also a trial: a folder that cannot be written to is told before the first step, not after an epoch.
+        The note is also a trial: a folder that cannot be written to is told before the first step,
+        not after an epoch.
         """
         write_bytes(self.folder / RUN_FILE, self.run_id.encode())
-        for path in [*self.folder.glob(".checkpoint_*.*.pth"), *self.folder.glob(".best_model.*.pth")]:  # see `atomic_path`
+        # see `atomic_path`
+        for path in [
+            *self.folder.glob(".checkpoint_*.*.pth"),
+            *self.folder.glob(".best_model.*.pth"),
+        ]:
             if time.time() - path.stat().st_mtime > 60:
                 path.unlink()
         for path in self.folder.glob("checkpoint_epoch_*.pth"):
@@ -2269,7 +2972,7 @@ class Trainer:
             if past and path.name not in self.kept and written_by(path, self.run_id):
                 path.unlink()
 
-    # the loop ---------------------------------------------------------------------------------------------------------
+    # the loop -------------------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to the end, to max_minutes or to Ctrl-C; returns the exit status."""
@@ -2279,13 +2982,24 @@ class Trainer:
             make_folder(self.folder)
             self._claim_folder()
         first = self.step // self.steps_per_epoch
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", **progress_style())
-        with polite_signals() as interrupted, bar, curves(log_dir) if rank() == 0 else nullcontext() as self.writer:
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            **progress_style(),
+        )
+        with (
+            polite_signals() as interrupted,
+            bar,
+            curves(log_dir) if rank() == 0 else nullcontext() as self.writer,
+        ):
             for epoch in range(first, config.num_epochs):
                 stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch
                 last = epoch + 1 == config.num_epochs or self._out_of_time()
-                if whole or not stop:  # a signal at an epoch's last step costs it neither validation nor checkpoint
+                # a signal at an epoch's last step costs it neither validation nor checkpoint
+                if whole or not stop:
                     if last or (epoch + 1) % config.val_freq == 0:
                         self._validate(epoch + 1)
                     if last or (epoch + 1) % config.save_freq == 0:
@@ -2294,10 +3008,14 @@ class Trainer:
                         break
                 if any(from_all(bool(interrupted))):
                     path = self.save("checkpoint_interrupted.pth")
-                    tqdm.write(f"stopped at step {self.step}; go on with --mode train --resume {path}")
+                    tqdm.write(
+                        f"stopped at step {self.step}; go on with --mode train --resume {path}"
+                    )
                     return 130
             self._conclude()
-        print(f"best weights: {self.folder / 'best_model.pth'} (validation PSNR {self.best:.2f} dB)")
+        print(
+            f"best weights: {self.folder / 'best_model.pth'} (validation PSNR {self.best:.2f} dB)"
+        )
         if self.kept:
             print(f"newest checkpoint: {self.folder / self.kept[-1]}")
         print(f"curves: tensorboard --logdir {config.log_dir}")
@@ -2307,7 +3025,8 @@ class Trainer:
         return 0 < self.config.max_minutes <= self.minutes
 
     def _progress(self) -> float:
-        """Share of the run that is done; max_minutes shortens the schedule, so that it too ends at a low learning rate."""
+        """Share of the run that is done; max_minutes shortens the schedule, so that it too ends at
+        a low learning rate."""
         by_time = self.minutes / self.config.max_minutes if self.config.max_minutes else 0.0
         return max(self.step / self.total_steps, by_time)
 
@@ -2323,7 +3042,8 @@ class Trainer:
         )
 
     def _train_epoch(self, epoch: int, bar: tqdm, interrupted: list[int]) -> bool:
-        """The steps of an epoch that are still to do; returns early, and True, on a signal to any process."""
+        """The steps of an epoch that are still to do; returns early, and True, on a signal to any
+        process."""
         self.model.train()
         config = self.config
         bar.set_description(f"epoch {epoch + 1}/{config.num_epochs}")
@@ -2335,12 +3055,19 @@ class Trainer:
             terms, norm, rate = self._train_step([(next(parts), weight) for _, weight in plan])
             seconds, started = time.monotonic() - started + 1e-9, time.monotonic()
             # the first process's clock and anybody's signal count for all
-            clock = torch.tensor([seconds if rank() == 0 else 0.0, float(bool(interrupted))], device=self.runtime.device)
+            clock = torch.tensor(
+                [seconds if rank() == 0 else 0.0, float(bool(interrupted))],
+                device=self.runtime.device,
+            )
             seconds, stop = sum_over_processes(clock).tolist()
             self.minutes += seconds / 60
             if self.step % 20 == 0 or self.step % self.steps_per_epoch == 0:
                 scalars = {f"loss/{name}": value for name, value in terms.items()}
-                scalars |= {"loss/total": sum(terms.values()), "train/learning_rate": rate, "train/gradient_norm": norm}
+                scalars |= {
+                    "loss/total": sum(terms.values()),
+                    "train/learning_rate": rate,
+                    "train/gradient_norm": norm,
+                }
                 self._scalars(scalars | {"train/images_per_second": len(batch) / seconds})
             shown = {name: f"{value:.3f}" for name, value in terms.items()}
             if math.isfinite(self.best):
@@ -2351,10 +3078,14 @@ class Trainer:
                 return bool(stop)
         return False
 
-    def _train_step(self, parts: Sequence[tuple[Sample, float]]) -> tuple[dict[str, float], float, float]:
-        """One update; returns the loss terms, the gradient's norm before clipping and the learning rate.
+    def _train_step(
+        self, parts: Sequence[tuple[Sample, float]]
+    ) -> tuple[dict[str, float], float, float]:
+        """One update; returns the loss terms, the gradient's norm before clipping and the learning
+        rate.
 
-        `parts` are this process's share of the batch, each with its weight; all processes' weights sum to 1.
+        `parts` are this process's share of the batch, each with its weight; all processes' weights
+        sum to 1.
         """
         progress = self._progress()
         self.model.begin_step(progress)
@@ -2364,12 +3095,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Any] = {}
         for place, (batch, weight) in enumerate(parts, 1):
-            torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and noise repeat: on resume, in every part
-            alone = processes() == 1 or place == len(parts)  # gradients are exchanged once, after the last part
+            # dropout and noise repeat: on resume, in every part
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            # gradients are exchanged once, after the last part
+            alone = processes() == 1 or place == len(parts)
             with nullcontext() if alone else cast(Any, self.parallel).no_sync():
                 with self.runtime.autocast():
                     terms = self.parallel(self.runtime.batch(batch))
-                # DistributedDataParallel takes the mean over the processes, the weights ask for the sum
+                # DistributedDataParallel takes the mean over the processes, the weights ask for the
+                # sum
                 self.scaler.scale(sum(terms.values()) * (weight * processes())).backward()
             for name, term in terms.items():
                 values[name] = values.get(name, 0.0) + weight * term.detach()
@@ -2392,17 +3126,26 @@ class Trainer:
             raise RunError(f"step {self.step}: the term {bad[0]} is not finite; {self._way_back()}")
 
     def _way_back(self) -> str:
-        good = f"the last good checkpoint is {self.folder / self.kept[-1]}" if self.kept else "no checkpoint was written yet"
+        good = (
+            f"the last good checkpoint is {self.folder / self.kept[-1]}"
+            if self.kept
+            else "no checkpoint was written yet"
+        )
         return f"{good}; try a lower learning_rate"
 
-    # reports ----------------------------------------------------------------------------------------------------------
+    # reports --------------------------------------------------------------------------------------
 
     def _announce(self, log_dir: Path) -> None:
         config = self.config
         parameters = sum(p.numel() for p in self.model.parameters())
-        geometry = f"{config.crop_size} px crops" if config.crop_size else f"pictures resized to {config.image_size}"
+        geometry = (
+            f"{config.crop_size} px crops"
+            if config.crop_size
+            else f"pictures resized to {config.image_size}"
+        )
         print(
-            f"{len(self.training)} training and {len(self.validation)} validation pairs, {geometry}, batch {config.batch_size}"
+            f"{len(self.training)} training and {len(self.validation)} validation pairs,"
+            f" {geometry}, batch {config.batch_size}"
         )
         print(f"{parameters / 1e6:.2f} M parameters on {self.runtime}; seed {config.seed}")
         print(f"steps {self.step} to {self.total_steps} in {config.num_epochs} epochs")
@@ -2414,52 +3157,79 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> None:
-        """Score the averaged weights on the validation pairs; the best PSNR so far is saved as best_model.pth."""
+        """Score the averaged weights on the validation pairs; the best PSNR so far is saved as
+        best_model.pth."""
         model = self.averaged.eval()
         scores, shown, latents = [], list[Tensor](), list[Tensor]()
         for index in my_share(self.validation):
             torch.manual_seed(self.config.seed + index)  # the same dequantisation noise every time
-            low, high = (to_tensor(pixels)[None].to(self.runtime.device) for pixels in self.held_out[index])
+            low, high = (
+                to_tensor(pixels)[None].to(self.runtime.device) for pixels in self.held_out[index]
+            )
             if not self.config.crop_size:
-                low, high = (resize(image, self.config.image_size, quantise=True) for image in (low, high))
+                low, high = (
+                    resize(image, self.config.image_size, quantise=True) for image in (low, high)
+                )
             with self.runtime.autocast():
                 enhanced = model.enhance(low)
                 likelihood = model.likelihood(high, low)
             if not bool(enhanced.isfinite().all()):
-                raise RunError(f"step {self.step}: an enhanced picture is not finite; {self._way_back()}")
-            pixels = [image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)]
+                raise RunError(
+                    f"step {self.step}: an enhanced picture is not finite; {self._way_back()}"
+                )
+            pixels = [
+                image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)
+            ]
             bits = float(likelihood[0]) if likelihood else math.nan
-            scores.append({"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": bits})
+            scores.append(
+                {"psnr": psnr_of(*pixels), "ssim": ssim_of(*pixels), "bits_per_dim": bits}
+            )
             if len(shown) < 4:
                 extra = model.pictures(low).values()
-                shown.append(torch.cat([low[0], enhanced[0], high[0], *(picture[0] for picture in extra)], dim=-1).cpu())
+                shown.append(
+                    torch.cat(
+                        [low[0], enhanced[0], high[0], *(picture[0] for picture in extra)], dim=-1
+                    ).cpu()
+                )
                 latents += [likelihood[1].flatten().cpu()] if likelihood else []
         scores = [score for share in from_all(scores) for score in share]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
         means = {name: value for name, value in means.items() if not math.isnan(value)}
         self._scalars({f"validation/{name}": value for name, value in means.items()})
         for place, image in enumerate(shown if self.writer else ()):
-            self.writer.add_image(f"validation/low_enhanced_high_{place}", image.clamp(0, 1), self.step)
+            self.writer.add_image(
+                f"validation/low_enhanced_high_{place}", image.clamp(0, 1), self.step
+            )
         if latents and self.writer:
-            self.writer.add_histogram("validation/standardised_latent", torch.cat(latents), self.step)
+            self.writer.add_histogram(
+                "validation/standardised_latent", torch.cat(latents), self.step
+            )
         better = means["psnr"] > self.best
         self.best = max(self.best, means["psnr"])
         if better and rank() == 0:
             set_aside(self.folder / "best_model.pth", self.run_id, tqdm.write)
-            save_checkpoint(self.folder / "best_model.pth", {**self._deployable(), "validation": means})
+            save_checkpoint(
+                self.folder / "best_model.pth", {**self._deployable(), "validation": means}
+            )
         words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         tqdm.write(f"epoch {epoch} ({self.minutes:.1f} min): {words}{'  best' if better else ''}")
 
     def _conclude(self) -> None:
-        plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(self.config).items()}
+        plain = {
+            k: v if isinstance(v, (int, float, str, bool)) else str(v)
+            for k, v in dataclasses.asdict(self.config).items()
+        }
         if self.writer:
             self.writer.add_hparams(
-                plain, {"hparam/best_validation_psnr": self.best, "hparam/minutes": self.minutes}, run_name="."
+                plain,
+                {"hparam/best_validation_psnr": self.best, "hparam/minutes": self.minutes},
+                run_name=".",
             )
 
 
 def resume_from(given: str | None) -> str | None:
-    """The checkpoint that --resume names, the newest where it is a folder. Raises UserError for a folder without one."""
+    """The checkpoint that --resume names, the newest where it is a folder. Raises UserError for a
+    folder without one."""
     if not given or not os.path.isdir(given):
         return given
     newest = newest_checkpoint(Path(given))
@@ -2469,10 +3239,11 @@ def resume_from(given: str | None) -> str | None:
 
 
 def after_restart(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` of the run that torchrun starts again; None where this is no restart.
+    """The newest checkpoint in `folder` of the run that torchrun starts again; None where this is
+    no restart.
 
-    Each host counts its own failures alone, so any process that was restarted speaks for all. A first start forgets
-    whoever trained here before.
+    Each host counts its own failures alone, so any process that was restarted speaks for all. A
+    first start forgets whoever trained here before.
     """
     again = any(from_all(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
     newest = None
@@ -2485,12 +3256,16 @@ def after_restart(folder: Path) -> str | None:
     return from_first(newest)
 
 
-def train(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
+def train(
+    arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
+) -> int:
     """--mode train."""
 
     def config_of(resume: str | None) -> Config:
         if resume:
-            return checkpoint_config(load_checkpoint(resume), resume, arguments.settings, config_class)
+            return checkpoint_config(
+                load_checkpoint(resume), resume, arguments.settings, config_class
+            )
         return apply_settings(config_class(), arguments.settings, "config")
 
     resume = from_first(resume_from(arguments.resume))
@@ -2500,13 +3275,16 @@ def train(arguments: argparse.Namespace, model_class: type[System], config_class
     return Trainer(config, model_class, resume).fit()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def load_model(path: str, settings: dict[str, Any], model_class: type[System], config_class: type[Config]) -> Any:
-    """(model, its config under `settings`, runtime, checkpoint content) for evaluation and enhancement."""
+def load_model(
+    path: str, settings: dict[str, Any], model_class: type[System], config_class: type[Config]
+) -> Any:
+    """(model, its config under `settings`, runtime, checkpoint content) for evaluation and
+    enhancement."""
     checkpoint = load_checkpoint(path)
     check_system(checkpoint, path, model_class)
     default = config_class()
@@ -2539,14 +3317,17 @@ class Scored(NamedTuple):
 def refuse_not_finite(*pictures: Tensor) -> None:
     """Raises UserError where weights are so large that what they give is no number."""
     if not all(bool(picture.isfinite().all()) for picture in pictures):
-        raise UserError("--checkpoint: its weights give no finite picture; go back to an earlier one")
+        raise UserError(
+            "--checkpoint: its weights give no finite picture; go back to an earlier one"
+        )
 
 
 @torch.no_grad()
 def score_pairs(
     model: System, store: PairStore, config: Config, runtime: Runtime, twins: Sequence[bool | None]
 ) -> Iterator[Scored]:
-    """Enhance and score this process's share of the pairs of `store`, in order; by one process, all."""
+    """Enhance and score this process's share of the pairs of `store`, in order; by one process,
+    all."""
     size, lpips_of = evaluation_size(config), load_lpips()
     indices = my_share(range(len(store)))
     for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
@@ -2561,16 +3342,27 @@ def score_pairs(
         enhanced = enhanced.float().cpu()
         refuse_not_finite(enhanced)
         seconds = time.perf_counter() - started
-        ours, target = (image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high))
+        ours, target = (
+            image[0].permute(1, 2, 0).double().cpu().numpy() for image in (enhanced, high)
+        )
         row: dict[str, Any] = {"filename": pair.low.name, **image_metrics(ours, target)}
         with runtime.autocast():
             likelihood = model.likelihood(high, low)
         row |= {"bits_per_dim": float(likelihood[0])} if likelihood else {}
         if lpips_of:
-            row |= {"lpips": lpips_of(ours, target), "lpips_gt_mean": lpips_of(match_mean(ours, target), target)}
+            row |= {
+                "lpips": lpips_of(ours, target),
+                "lpips_gt_mean": lpips_of(match_mean(ours, target), target),
+            }
         row |= {"twin_in_training": twins[index], "seconds": seconds}
         extra = model.pictures(low)
-        yield Scored(low[0].cpu(), enhanced[0], high[0].cpu(), row, {name: image[0].cpu() for name, image in extra.items()})
+        yield Scored(
+            low[0].cpu(),
+            enhanced[0],
+            high[0].cpu(),
+            row,
+            {name: image[0].cpu() for name, image in extra.items()},
+        )
 
 
 LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
@@ -2585,7 +3377,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         values = np.array([row[name] for row in rows])
         # the worst colourfulness ratio is the one farthest from the target's
         distance = (
-            np.abs(np.log(values + 1e-9)) if name == "colourfulness_ratio" else values if name in LOWER_IS_BETTER else -values
+            np.abs(np.log(values + 1e-9))
+            if name == "colourfulness_ratio"
+            else values
+            if name in LOWER_IS_BETTER
+            else -values
         )
         summary[name] = {
             "mean": float(values.mean()),
@@ -2609,7 +3405,8 @@ def results_folder(parent: str, prefix: str) -> Path:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes when it does not."""
+    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes
+    when it does not."""
     import shutil
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -2620,15 +3417,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if rank() == 0:
             temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write ({error.strerror or error}); check the folder and the free space") from None
+        raise UserError(
+            f"{folder}: cannot write ({error.strerror or error}); check the folder and the free"
+            " space"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | None]:
-    """For each pair whether its ground truth is among the checkpoint's training pictures; None where that is not known."""
+    """For each pair whether its ground truth is among the checkpoint's training pictures; None
+    where that is not known."""
     past = checkpoint.get("training_thumbnails")
-    if not isinstance(past, Tensor) or past.dtype != torch.uint8 or past.shape[1:] != (16, 16, 3) or not past.is_contiguous():
+    if (
+        not isinstance(past, Tensor)
+        or past.dtype != torch.uint8
+        or past.shape[1:] != (16, 16, 3)
+        or not past.is_contiguous()
+    ):
         print("twins: the checkpoint does not say what it was trained on; no pair is flagged")
         return [None] * len(store)
     return [bool(twin) for twin in find_twins(store.thumbnails, past.numpy())]
@@ -2639,12 +3445,18 @@ def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
     order = np.argsort([row["psnr"] for row in rows])
     middle = len(order) // 2
     chosen = dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]])
-    return contact_sheet([Image.open(images / f"{Path(rows[i]['filename']).stem}_viz.png") for i in chosen])
+    return contact_sheet(
+        [Image.open(images / f"{Path(rows[i]['filename']).stem}_viz.png") for i in chosen]
+    )
 
 
-def evaluate(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
+def evaluate(
+    arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
+) -> int:
     """--mode evaluate."""
-    model, config, runtime, checkpoint = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
+    model, config, runtime, checkpoint = load_model(
+        arguments.checkpoint, arguments.settings, model_class, config_class
+    )
     store = PairStore(evaluation_pairs(config), config)
     twins = training_twins(store, checkpoint)
     folder = from_first(results_folder(config.results_dir, "eval"))
@@ -2655,9 +3467,15 @@ def evaluate(arguments: argparse.Namespace, model_class: type[System], config_cl
         mine = []
         for scored in score_pairs(model, store, config, runtime, twins):
             name = Path(scored.row["filename"]).stem
-            for suffix, picture in {"": scored.enhanced, **{f"_{key}": value for key, value in scored.extra.items()}}.items():
+            for suffix, picture in {
+                "": scored.enhanced,
+                **{f"_{key}": value for key, value in scored.extra.items()},
+            }.items():
                 write_image(temporary / "images" / f"{name}{suffix}.png", picture)
-            scores = f"{scored.row['psnr']:.2f} dB  SSIM {scored.row['ssim']:.3f}  dE {scored.row['ciede2000']:.1f}"
+            scores = (
+                f"{scored.row['psnr']:.2f} dB  SSIM {scored.row['ssim']:.3f}  dE"
+                f" {scored.row['ciede2000']:.1f}"
+            )
             strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
             write_image(temporary / "images" / f"{name}_viz.png", strip)
             mine.append(scored.row)
@@ -2681,7 +3499,10 @@ def evaluate(arguments: argparse.Namespace, model_class: type[System], config_cl
         },
     )
     print_summary(summary)
-    print(f"{folder}: metrics.csv, summary.json, images/, overview.png (worst, median and best pictures)")
+    print(
+        f"{folder}: metrics.csv, summary.json, images/, overview.png (worst, median and best"
+        " pictures)"
+    )
     return 0
 
 
@@ -2703,7 +3524,10 @@ def evaluation_summary(
         "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         "data": {"eval_low_dir": config.eval_low_dir, "eval_high_dir": config.eval_high_dir},
         "device": str(runtime),
-        "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, np, skimage)},
+        "versions": (
+            {"python": sys.version.split()[0]}
+            | {m.__name__: m.__version__ for m in (torch, np, skimage)}
+        ),
         "config": dataclasses.asdict(config),
     }
 
@@ -2712,15 +3536,21 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Means on all pairs and on those whose ground truth was not trained on."""
     parts = [("all", summary["num_images"], summary["metrics"])]
     if summary["without_twins"]:
-        parts.append(("no twin in training", summary["without_twins"]["num_images"], summary["without_twins"]["metrics"]))
+        parts.append(
+            (
+                "no twin in training",
+                summary["without_twins"]["num_images"],
+                summary["without_twins"]["metrics"],
+            )
+        )
     for label, count, metrics in parts:
         means = "  ".join(f"{name} {value['mean']:.4g}" for name, value in metrics.items())
         print(f"{label} ({count}): {means}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Enhancement
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def srgb_to_linear(value: np.ndarray) -> np.ndarray:
@@ -2730,22 +3560,27 @@ def srgb_to_linear(value: np.ndarray) -> np.ndarray:
 
 def linear_to_srgb(value: np.ndarray) -> np.ndarray:
     """IEC 61966-2-1, linear light in [0, 1] to [0, 1]."""
-    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.clip(value, 0.0031308, 1) ** (1 / 2.4) - 0.055)
+    return np.where(
+        value <= 0.0031308, value * 12.92, 1.055 * np.clip(value, 0.0031308, 1) ** (1 / 2.4) - 0.055
+    )
 
 
 def exposed(stops: float) -> np.ndarray:
-    """(65536,) in [0, 1]: what each 16-bit level becomes when `stops` more light, in powers of two, had fallen on it."""
+    """(65536,) in [0, 1]: what each 16-bit level becomes when `stops` more light, in powers of two,
+    had fallen on it."""
     return linear_to_srgb(np.minimum(srgb_to_linear(np.arange(65536) / 65535) * 2.0**stops, 1.0))
 
 
 def level_table(stops: float, deep: bool) -> np.ndarray:
-    """(65536,) the final level, uint16 where `deep`, else uint8, of each 16-bit level, at `stops` more light."""
+    """(65536,) the final level, uint16 where `deep`, else uint8, of each 16-bit level, at `stops`
+    more light."""
     values = exposed(stops) if stops else np.arange(65536) / 65535
     return np.rint(values * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
 
 
 def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
-    """The exposure in [-6, 6] stops at which uint16 `pixels` have the mean brightness `mean` in [0, 1], by bisection."""
+    """The exposure in [-6, 6] stops at which uint16 `pixels` have the mean brightness `mean` in [0,
+    1], by bisection."""
     share = np.bincount(pixels.ravel(), minlength=65536) / pixels.size
     low, high = -6.0, 6.0
     for _ in range(24):
@@ -2755,42 +3590,59 @@ def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
 
 
 class Tile(NamedTuple):
-    """A part of a picture: what it is responsible for, and that with its halo, as (top, bottom, left, right) in pixels."""
+    """A part of a picture: what it is responsible for, and that with its halo, as (top, bottom,
+    left, right) in pixels."""
 
     core: tuple[int, int, int, int]
     outer: tuple[int, int, int, int]
 
 
 def plan_tiles(height: int, width: int, side: int, halo: int) -> list[Tile]:
-    """Overlapping tiles of one size, at most `side` and two halos, whose cores cover the picture without overlap.
+    """Overlapping tiles of one size, at most `side` and two halos, whose cores cover the picture
+    without overlap.
 
-    They start at multiples of 8, where the model's strides fall on the same pixels as in the whole picture, and lie evenly;
-    one size, because every further size costs the convolutions' library further memory.
+    They start at multiples of 8, where the model's strides fall on the same pixels as in the whole
+    picture, and lie evenly; one size, because every further size costs the convolutions' library
+    further memory.
     """
 
-    def cuts(length: int) -> list[tuple[int, int, int, int]]:  # core begin and end, outer begin and end
+    # core begin and end, outer begin and end
+    def cuts(length: int) -> list[tuple[int, int, int, int]]:
         padded = math.ceil(length / 8) * 8
         count = max(1, math.ceil((padded - 2 * halo) / side))
         extent = padded if count == 1 else math.ceil((padded - 2 * halo) / count / 8) * 8 + 2 * halo
-        starts = [round(place * (padded - extent) / max(1, count - 1) / 8) * 8 for place in range(count)]
+        starts = [
+            round(place * (padded - extent) / max(1, count - 1) / 8) * 8 for place in range(count)
+        ]
         middles = [(before + extent + after) // 2 for before, after in itertools.pairwise(starts)]
         bounds = itertools.pairwise([0, *middles, length])
-        return [(*core, start, min(start + extent, length)) for core, start in zip(bounds, starts, strict=True)]
+        return [
+            (*core, start, min(start + extent, length))
+            for core, start in zip(bounds, starts, strict=True)
+        ]
 
     rows, columns = cuts(height), cuts(width)
-    return [Tile((*row[:2], *column[:2]), (*row[2:], *column[2:])) for row in rows for column in columns]
+    return [
+        Tile((*row[:2], *column[:2]), (*row[2:], *column[2:])) for row in rows for column in columns
+    ]
 
 
 def tile_side(model: ConditionalFlow, config: Config) -> int:
-    """The largest tile whose work, halo included, fits in memory_megabytes; `tile_size` where the config names one."""
+    """The largest tile whose work, halo included, fits in memory_megabytes; `tile_size` where the
+    config names one."""
     if config.tile_size:
         return config.tile_size
-    bytes_per_pixel = 150 + 5 * config.flow_channels  # measured: 390 to 620 of 630 at 96 channels, bf16 and fp32
-    return max(64, (math.isqrt(config.memory_megabytes * 2**20 // bytes_per_pixel) - 2 * model.reach) // 8 * 8)
+    # measured: 390 to 620 of 630 at 96 channels, bf16 and fp32
+    bytes_per_pixel = 150 + 5 * config.flow_channels
+    return max(
+        64,
+        (math.isqrt(config.memory_megabytes * 2**20 // bytes_per_pixel) - 2 * model.reach) // 8 * 8,
+    )
 
 
 def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
-    """`resize` of an (H, W, 3) picture to (1, 3, size, size), in bands: no float copy of a large picture is made."""
+    """`resize` of an (H, W, 3) picture to (1, 3, size, size), in bands: no float copy of a large
+    picture is made."""
     bands = [to_tensor(pixels[top : top + 256])[None] for top in range(0, len(pixels), 256)]
     narrow = torch.cat([resize(band, (band.shape[-2], size)) for band in bands], dim=-2)
     return resize(narrow, (size, size))
@@ -2800,9 +3652,11 @@ NOISE_BLOCK = 64
 
 
 def latent_noise(seed: Sequence[int], top: int, left: int, height: int, width: int) -> Tensor:
-    """(1, 48, height, width) standard normal values of an endless field, from latent position (top, left) on.
+    """(1, 48, height, width) standard normal values of an endless field, from latent position (top,
+    left) on.
 
-    Whatever the tiles, a position has the same value: the field is made of blocks, each seeded by its place.
+    Whatever the tiles, a position has the same value: the field is made of blocks, each seeded by
+    its place.
     """
     n = NOISE_BLOCK
     rows = [
@@ -2820,7 +3674,8 @@ def latent_noise(seed: Sequence[int], top: int, left: int, height: int, width: i
 
 
 class Enhanced(NamedTuple):
-    """(H, W, 3) uint16 pictures, and the deviation over samples (H, W) in [0, 1], the root of its mean square over channels."""
+    """(H, W, 3) uint16 pictures, and the deviation over samples (H, W) in [0, 1], the root of its
+    mean square over channels."""
 
     best: np.ndarray
     samples: list[np.ndarray]
@@ -2829,28 +3684,41 @@ class Enhanced(NamedTuple):
 
 @torch.no_grad()
 def enhance_pixels(
-    model: System, pixels: np.ndarray, config: Config, runtime: Runtime, survey: Survey | None = None
+    model: System,
+    pixels: np.ndarray,
+    config: Config,
+    runtime: Runtime,
+    survey: Survey | None = None,
 ) -> Enhanced:
-    """Enhance (H, W, 3) uint8 or uint16 pixels of any size, in tiles where they are many, and draw what the config asks for.
+    """Enhance (H, W, 3) uint8 or uint16 pixels of any size, in tiles where they are many, and draw
+    what the config asks for.
 
-    Tiles overlap by the model's reach and share one survey of the whole picture, so that no seam can show. Another system
-    sees the picture whole. `survey` replaces the picture's own.
+    Tiles overlap by the model's reach and share one survey of the whole picture, so that no seam
+    can show. Another system sees the picture whole. `survey` replaces the picture's own.
     """
     height, width = pixels.shape[:2]
     wanted = config.samples if config.samples > 1 or not config.uncertainty else 16
     temperature = config.temperature or (1.0 if wanted else 0.0)
-    best, deviation = np.empty((height, width, 3), np.uint16), np.empty((height, width), np.float32)  # no memory until used
+    # no memory until used
+    best, deviation = np.empty((height, width, 3), np.uint16), np.empty((height, width), np.float32)
     samples = [np.empty_like(best) for _ in range(config.samples)]
     halo, side = 0, max(height, width)
     if isinstance(model, ConditionalFlow):
         halo, side = model.reach, tile_side(model, config)
         if survey is None:
             with runtime.autocast():
-                survey = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
+                survey = model.survey(
+                    whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device)
+                )
     for core, outer in plan_tiles(height, width, side, halo):
         low = to_tensor(pixels[outer[0] : outer[1], outer[2] : outer[3]])[None].to(runtime.device)
         here = (slice(*core[:2]), slice(*core[2:]))
-        inside = (0, slice(None), slice(core[0] - outer[0], core[1] - outer[0]), slice(core[2] - outer[2], core[3] - outer[2]))
+        inside = (
+            0,
+            slice(None),
+            slice(core[0] - outer[0], core[1] - outer[0]),
+            slice(core[2] - outer[2], core[3] - outer[2]),
+        )
         with runtime.autocast():
             if isinstance(model, ConditionalFlow) and survey is not None:
                 draw = tile_decoder(model, low, survey, outer, (height, width), config.seed)
@@ -2868,17 +3736,29 @@ def enhance_pixels(
 
 
 def tile_decoder(
-    model: ConditionalFlow, low: Tensor, survey: Survey, outer: Sequence[int], size: Sequence[int], seed: int
+    model: ConditionalFlow,
+    low: Tensor,
+    survey: Survey,
+    outer: Sequence[int],
+    size: Sequence[int],
+    seed: int,
 ) -> Callable[[int, float], Tensor]:
-    """A function of sample number and temperature that gives the enhanced tile (1, 3, h, w); it looks at `low` only once."""
+    """A function of sample number and temperature that gives the enhanced tile (1, 3, h, w); it
+    looks at `low` only once."""
     (top, bottom, left, right), (height, width) = outer, size
-    box = torch.tensor([[left / width, top / height, right / width, bottom / height]], device=low.device)
-    condition = model.condition(pad_to_multiple(low), survey, padded_box(box, bottom - top, right - left))
+    box = torch.tensor(
+        [[left / width, top / height, right / width, bottom / height]], device=low.device
+    )
+    condition = model.condition(
+        pad_to_multiple(low), survey, padded_box(box, bottom - top, right - left)
+    )
 
     def draw(number: int, temperature: float) -> Tensor:
         latent = condition.prior_mean
         if temperature:
-            noise = latent_noise((seed, number), top // 4, left // 4, *latent.shape[-2:]).to(latent.device)
+            noise = latent_noise((seed, number), top // 4, left // 4, *latent.shape[-2:]).to(
+                latent.device
+            )
             latent = latent + temperature * model.log_sigma.exp() * noise
         return model.decode(latent, condition)[..., : bottom - top, : right - left]
 
@@ -2895,22 +3775,30 @@ def whole_decoder(model: System, low: Tensor, seed: int) -> Callable[[int, float
     return draw
 
 
-HEAT = np.array([[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 255, 255]], np.float64)
+HEAT = np.array(
+    [[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 255, 255]], np.float64
+)
 
 
 def heat_map(deviation: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th percentile."""
+    """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th
+    percentile."""
     share = 4095 / max(float(np.percentile(deviation, 99.5)), 1e-9)
-    colours = [np.interp(np.linspace(0, len(HEAT) - 1, 4096), np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
-    place = np.clip(deviation * np.float32(share) + 0.5, 0, 4095).astype(np.uint16)  # a large picture's floats are gigabytes
+    colours = [
+        np.interp(np.linspace(0, len(HEAT) - 1, 4096), np.arange(len(HEAT)), HEAT[:, c])
+        for c in range(3)
+    ]
+    # a large picture's floats are gigabytes
+    place = np.clip(deviation * np.float32(share) + 0.5, 0, 4095).astype(np.uint16)
     return np.rint(np.stack(colours, axis=-1)).astype(np.uint8)[place]
 
 
 def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
-    """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg', means.
+    """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg',
+    means.
 
-    Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and links to folders, which may
-    run in circles, are left out. Raises UserError when there is none.
+    Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and
+    links to folders, which may run in circles, are left out. Raises UserError when there is none.
     """
     target = Path(output)
     if os.path.isdir(given):
@@ -2922,86 +3810,143 @@ def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
         try:
             found = sorted(root.glob(str(Path(*rest))))
         except ValueError as error:
-            raise UserError(f"--input {given}: no pattern ({error}); write one such as 'photos/**/*.jpg'") from None
-    if (target.exists() and not target.is_dir()) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
+            raise UserError(
+                f"--input {given}: no pattern ({error}); write one such as 'photos/**/*.jpg'"
+            ) from None
+    if (
+        target.exists() and not target.is_dir()
+    ) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
         raise UserError(f"--output {target}: {given} means many pictures, so name a folder")
     inside = target.resolve()
     if inside == root.resolve():
         raise UserError(f"--output {target}: is the input folder itself; choose another")
     known = SUFFIXES + VIDEO_SUFFIXES
-    seen = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    files = [path for path in seen if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents]
+    seen = [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    files = [
+        path
+        for path in seen
+        if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents
+    ]
     if not files:
-        raise UserError(f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}")
+        raise UserError(
+            f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}"
+        )
     return [(path, target / path.relative_to(root)) for path in files]
 
 
 def enhance_file(
-    source: Path, target: Path, model: System, config: Config, runtime: Runtime, brightness: float | None
+    source: Path,
+    target: Path,
+    model: System,
+    config: Config,
+    runtime: Runtime,
+    brightness: float | None,
 ) -> dict[str, Any]:
-    """Enhance one picture and write what the config asks for; returns its row of enhance.csv. Raises UserError.
+    """Enhance one picture and write what the config asks for; returns its row of enhance.csv.
+    Raises UserError.
 
-    `brightness` is the mean that the result takes, None to leave it. The picture itself is written last: where it is, all is.
+    `brightness` is the mean that the result takes, None to leave it. The picture itself is written
+    last: where it is, all is.
     """
     started = time.perf_counter()
     picture = read_picture(source)
     enhanced = enhance_pixels(model, picture.pixels, config, runtime)
     deep = picture.pixels.dtype == np.uint16 and target.suffix.lower() in (".png", ".tif", ".tiff")
-    stops = config.exposure + (stops_to_mean(enhanced.best, brightness) if brightness is not None else 0.0)
+    stops = config.exposure + (
+        stops_to_mean(enhanced.best, brightness) if brightness is not None else 0.0
+    )
     table = level_table(stops, deep)
 
     def encode(pixels: np.ndarray) -> bytes:
-        for like in (picture, picture._replace(exif=b"")):  # EXIF that the format cannot take must not cost the picture
+        # EXIF that the format cannot take must not cost the picture
+        for like in (picture, picture._replace(exif=b"")):
             try:
                 return encode_picture(pixels, target.suffix.lower(), like, config.quality)
             except (OSError, ValueError, TypeError, RuntimeError, struct.error) as error:
                 problem = str(error) or type(error).__name__
-        raise UserError(f"{target}: the format cannot hold this picture ({problem}); choose another suffix")
+        raise UserError(
+            f"{target}: the format cannot hold this picture ({problem}); choose another suffix"
+        )
 
     for number, sample in enumerate(enhanced.samples, 1):
         write_bytes(target.with_stem(f"{target.stem}_sample{number}"), encode(table[sample]))
-    row = {"file": str(source), "output": str(target), "width": picture.pixels.shape[1], "height": picture.pixels.shape[0]}
+    row = {
+        "file": str(source),
+        "output": str(target),
+        "width": picture.pixels.shape[1],
+        "height": picture.pixels.shape[0],
+    }
     if enhanced.deviation is not None:
         map16 = np.rint(np.clip(enhanced.deviation, 0, 1) * 65535).astype(np.uint16)
-        write_bytes(target.with_name(f"{target.stem}_uncertainty.png"), encode_png16(map16, Picture(map16)))
-        write_image(target.with_name(f"{target.stem}_uncertainty_view.png"), Image.fromarray(heat_map(enhanced.deviation)))
+        write_bytes(
+            target.with_name(f"{target.stem}_uncertainty.png"), encode_png16(map16, Picture(map16))
+        )
+        write_image(
+            target.with_name(f"{target.stem}_uncertainty_view.png"),
+            Image.fromarray(heat_map(enhanced.deviation)),
+        )
     after = table[enhanced.best]
     write_bytes(target, encode(after))
     row |= {
         "seconds": round(time.perf_counter() - started, 3),
-        "brightness_before": round(float(picture.pixels.mean()) / np.iinfo(picture.pixels.dtype).max, 5),
+        "brightness_before": round(
+            float(picture.pixels.mean()) / np.iinfo(picture.pixels.dtype).max, 5
+        ),
         "brightness_after": round(float(after.mean()) / np.iinfo(after.dtype).max, 5),
-        "deviation": "" if enhanced.deviation is None else round(float(enhanced.deviation.mean()), 5),
+        "deviation": (
+            "" if enhanced.deviation is None else round(float(enhanced.deviation.mean()), 5)
+        ),
         "note": picture.note,
     }
     return row
 
 
 def smooth_survey(old: Survey | None, now: Survey, rate: float) -> Survey:
-    """A running mean of surveys, so that a clip does not flicker; a cut to another scene starts it afresh."""
+    """A running mean of surveys, so that a clip does not flicker; a cut to another scene starts it
+    afresh."""
     if old is None or abs(float((now.brightness / old.brightness).log2().mean())) > 0.5:
         return now
-    return Survey(*(torch.lerp(before, after, rate) for before, after in zip(old, now, strict=True)))
+    return Survey(
+        *(torch.lerp(before, after, rate) for before, after in zip(old, now, strict=True))
+    )
 
 
 def enhance_video(
-    source: Path, target: Path, model: System, config: Config, runtime: Runtime, brightness: float | None
+    source: Path,
+    target: Path,
+    model: System,
+    config: Config,
+    runtime: Runtime,
+    brightness: float | None,
 ) -> dict[str, Any]:
-    """Enhance every frame of a clip, with its sound; returns its row of enhance.csv. Raises UserError.
+    """Enhance every frame of a clip, with its sound; returns its row of enhance.csv. Raises
+    UserError.
 
-    The global branch's view is averaged over half a second: brightness and white balance follow the scene, not the noise.
-    The result is H.264; an odd side loses a row or column.
+    The global branch's view is averaged over half a second: brightness and white balance follow the
+    scene, not the noise. The result is H.264; an odd side loses a row or column.
     """
     try:
         import av
     except ImportError:
-        raise UserError(f"{source}: clips need the optional package av; run pip install av") from None
+        raise UserError(
+            f"{source}: clips need the optional package av; run pip install av"
+        ) from None
     if not isinstance(model, ConditionalFlow):
-        raise UserError(f"{source}: this model has no survey to smooth over time; give it single pictures")
+        raise UserError(
+            f"{source}: this model has no survey to smooth over time; give it single pictures"
+        )
     started, frames, before, after = time.perf_counter(), 0, 0.0, 0.0
     survey, stops = None, config.exposure
     try:
-        with atomic_path(target) as temporary, av.open(str(source)) as reading, av.open(str(temporary), "w") as writing:
+        with (
+            atomic_path(target) as temporary,
+            av.open(str(source)) as reading,
+            av.open(str(temporary), "w") as writing,
+        ):
             if not reading.streams.video:
                 raise UserError(f"{source}: holds no moving picture")
             pictures, sounds = reading.streams.video[0], reading.streams.audio[:1]
@@ -3017,12 +3962,19 @@ def enhance_video(
                 for frame in packet.decode():
                     if not isinstance(frame, av.VideoFrame):
                         continue
-                    pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                    pixels = np.ascontiguousarray(
+                        np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    )
                     pixels = pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2]
                     if min(pixels.shape[:2]) < 16:
-                        raise UserError(f"{source}: {frame.width}x{frame.height} is too small; the least side is 16")
+                        raise UserError(
+                            f"{source}: {frame.width}x{frame.height} is too small; the least side"
+                            " is 16"
+                        )
                     with torch.no_grad(), runtime.autocast():
-                        now = model.survey(whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device))
+                        now = model.survey(
+                            whole_thumbnail(pixels, config.thumbnail_size).to(runtime.device)
+                        )
                     survey = smooth_survey(survey, now, 1 - math.exp(-2 / float(rate)))
                     enhanced = enhance_pixels(model, pixels, config, runtime, survey).best
                     if brightness is not None and not frames:
@@ -3030,69 +3982,122 @@ def enhance_video(
                     levels = level_table(stops, deep=False)[enhanced]
                     if encoder is None:
                         encoder = writing.add_stream("libx264", rate=rate, options={"crf": "16"})
-                        encoder.height, encoder.width, encoder.pix_fmt = *pixels.shape[:2], "yuv420p"
+                        encoder.height, encoder.width, encoder.pix_fmt = (
+                            *pixels.shape[:2],
+                            "yuv420p",
+                        )
                     out = av.VideoFrame.from_ndarray(levels, format="rgb24")
                     out.pts, out.time_base = frame.pts, frame.time_base
                     writing.mux(encoder.encode(out))
-                    frames, before, after = frames + 1, before + pixels.mean() / 255, after + levels.mean() / 255
+                    frames, before, after = (
+                        frames + 1,
+                        before + pixels.mean() / 255,
+                        after + levels.mean() / 255,
+                    )
             if encoder is None:
                 raise UserError(f"{source}: holds no frame that can be read")
             writing.mux(encoder.encode())
     except av.FFmpegError as error:
         raise UserError(f"{source}: cannot read or write the clip ({error.strerror})") from None
     return {
-        **{"file": str(source), "output": str(target), "width": pixels.shape[1], "height": pixels.shape[0]},
+        **{
+            "file": str(source),
+            "output": str(target),
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+        },
         **{"seconds": round(time.perf_counter() - started, 3)},
-        **{"brightness_before": round(before / frames, 5), "brightness_after": round(after / frames, 5)},
+        **{
+            "brightness_before": round(before / frames, 5),
+            "brightness_after": round(after / frames, 5),
+        },
         **{"deviation": "", "note": f"{frames} frames"},
     }
 
 
-ENHANCE_COLUMNS = ("file", "output", "width", "height", "seconds", "brightness_before", "brightness_after", "deviation", "note")
+ENHANCE_COLUMNS = (
+    "file",
+    "output",
+    "width",
+    "height",
+    "seconds",
+    "brightness_before",
+    "brightness_after",
+    "deviation",
+    "note",
+)
 
 
 def enhance_folder(
-    jobs: Sequence[tuple[Path, Path]], folder: Path, work: Callable[[Path, Path], dict[str, Any]], again: bool
+    jobs: Sequence[tuple[Path, Path]],
+    folder: Path,
+    work: Callable[[Path, Path], dict[str, Any]],
+    again: bool,
 ) -> int:
-    """Do every job that is not done, or every one `again`; enhance.csv in `folder` keeps a row of each. 1 if any failed."""
+    """Do every job that is not done, or every one `again`; enhance.csv in `folder` keeps a row of
+    each. 1 if any failed."""
     table = folder / "enhance.csv"
     rows: dict[str, dict[str, Any]] = {}
     if table.exists():
         try:
             with open(table, newline="", encoding="utf-8", errors=ANY_NAME) as stream:
-                read = [{key: cell for key, cell in row.items() if key} for row in csv.DictReader(stream)]
+                read = [
+                    {key: cell for key, cell in row.items() if key}
+                    for row in csv.DictReader(stream)
+                ]
         except (OSError, csv.Error) as error:
-            raise UserError(f"{table}: cannot read the table ({error}); rename or remove it") from None
+            raise UserError(
+                f"{table}: cannot read the table ({error}); rename or remove it"
+            ) from None
         rows = {row["file"]: row for row in read if row.get("file")}
     # asked once, before anybody writes: the shares of several processes must come from one list
     todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
     print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
-    for source, target in set(jobs) - set(todo):  # a run that was killed left its pictures and no table
+    # a run that was killed left its pictures and no table
+    for source, target in set(jobs) - set(todo):
         made = {"file": str(source), "output": str(target), "note": "made by an earlier run"}
         rows.setdefault(str(source), dict.fromkeys(ENHANCE_COLUMNS, "") | made)
     done: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
-        for source, target in tqdm(my_share(todo), desc="enhancing", unit="image", **progress_style()):
+        for source, target in tqdm(
+            my_share(todo), desc="enhancing", unit="image", **progress_style()
+        ):
             try:
                 done[str(source)] = work(source, target)
             except UserError as error:
                 failed.append(" ".join(str(error).split()))
-                done[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {"file": str(source), "note": f"failed: {failed[-1]}"}
+                done[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {
+                    "file": str(source),
+                    "note": f"failed: {failed[-1]}",
+                }
         done = {name: row for share in from_all(done) for name, row in share.items()}
         failed = [line for share in from_all(failed) for line in share]
     finally:
         rows |= done
         if rows and rank() == 0:
             order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
-            write_csv(table, order + [row for name, row in rows.items() if name not in {str(source) for source, _ in jobs}])
+            write_csv(
+                table,
+                order
+                + [
+                    row
+                    for name, row in rows.items()
+                    if name not in {str(source) for source, _ in jobs}
+                ],
+            )
     for line in failed if rank() == 0 else []:
         print(f"failed: {line}", file=sys.stderr)
-    print(f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists them")
+    print(
+        f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists"
+        " them"
+    )
     return 1 if failed else 0
 
 
-def enhance(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
+def enhance(
+    arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
+) -> int:
     """--mode enhance: a picture, a folder or a pattern, each at its own resolution."""
     given, target = arguments.input, Path(arguments.output)
     many = os.path.isdir(given) or (glob.has_magic(given) and not os.path.exists(given))
@@ -3106,7 +4111,9 @@ def enhance(arguments: argparse.Namespace, model_class: type[System], config_cla
             raise UserError(f"--output {target}: the suffix must be one of {', '.join(known)}")
         if target.exists() and os.path.exists(given) and target.samefile(given):
             raise UserError(f"--output {target}: is the input itself; choose another name")
-    model, config, runtime, _ = load_model(arguments.checkpoint, arguments.settings, model_class, config_class)
+    model, config, runtime, _ = load_model(
+        arguments.checkpoint, arguments.settings, model_class, config_class
+    )
     brightness = float(read_image(config.reference).mean()) / 255 if config.reference else None
 
     def work(source: Path, target: Path) -> dict[str, Any]:
@@ -3116,7 +4123,10 @@ def enhance(arguments: argparse.Namespace, model_class: type[System], config_cla
         except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            raise UserError(f"{source}: not enough memory; lower memory_megabytes or samples, or make it smaller") from None
+            raise UserError(
+                f"{source}: not enough memory; lower memory_megabytes or samples, or make it"
+                " smaller"
+            ) from None
 
     if many:
         return enhance_folder(jobs, target, work, config.overwrite)
@@ -3131,21 +4141,31 @@ def enhance(arguments: argparse.Namespace, model_class: type[System], config_cla
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Demo: photographs that ship with scikit-image, seen by a simulated infrared-leaking, under-exposed sensor
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Demo: photographs that ship with scikit-image, seen by a simulated infrared-leaking, under-exposed
+# sensor
+# --------------------------------------------------------------------------------------------------
 
-DEMO_TRAIN = ("coffee", "chelsea", "stereo_motorcycle", "immunohistochemistry", "retina", "colorwheel", "hubble_deep_field")
+DEMO_TRAIN = (
+    "coffee",
+    "chelsea",
+    "stereo_motorcycle",
+    "immunohistochemistry",
+    "retina",
+    "colorwheel",
+    "hubble_deep_field",
+)
 DEMO_TEST = ("astronaut", "rocket")
 
 
 def simulate_infrared(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(H, W, 3) uint8 as a sensor without infrared-cut filter sees it in a short exposure.
 
-    In linear light: (1) near-infrared reflectance is guessed from the visible, brightest where red and green are (skin,
-    cloth, leaves); (2) each colour filter passes its colour, a little of its neighbours and, unequally, the infrared;
-    (3) exposure about 1/40, varying by a fifth of a stop; (4) Poisson noise of 4000 photo-electrons at white and
-    Gaussian read noise of 2; (5) sRGB encoding and rounding to 8 bits.
+    In linear light: (1) near-infrared reflectance is guessed from the visible, brightest where red
+    and green are (skin, cloth, leaves); (2) each colour filter passes its colour, a little of its
+    neighbours and, unequally, the infrared; (3) exposure about 1/40, varying by a fifth of a stop;
+    (4) Poisson noise of 4000 photo-electrons at white and Gaussian read noise of 2; (5) sRGB
+    encoding and rounding to 8 bits.
     """
     light = srgb_to_linear(high / 255.0)
     infrared = light @ np.array([0.55, 0.35, 0.10]) * 0.8 + 0.05
@@ -3163,8 +4183,11 @@ def demo_photograph(name: str) -> Image.Image:
     return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
 
 
-def demo_crops(name: str, count: int, side: int, recolour: bool, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """`count` random (side, side, 3) uint8 crops of a photograph in scikit-image's wheel, at scales from 1/4 to 1.
+def demo_crops(
+    name: str, count: int, side: int, recolour: bool, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """`count` random (side, side, 3) uint8 crops of a photograph in scikit-image's wheel, at scales
+    from 1/4 to 1.
 
     `recolour` permutes the channels: seven photographs hold too few colours to learn a colour from.
     """
@@ -3173,47 +4196,87 @@ def demo_crops(name: str, count: int, side: int, recolour: bool, rng: np.random.
     for _ in range(count):
         extent = int(rng.integers(min(least, 2 * side), least + 1))
         left, top = (int(rng.integers(0, full - extent + 1)) for full in photograph.size)
-        crop = photograph.crop((left, top, left + extent, top + extent)).resize((side, side), Image.Resampling.LANCZOS)
+        crop = photograph.crop((left, top, left + extent, top + extent)).resize(
+            (side, side), Image.Resampling.LANCZOS
+        )
         order = rng.permutation(3) if recolour else np.arange(3)
         yield np.asarray(crop)[..., order]
 
 
 def write_demo_pairs(folder: Path, config: Config) -> None:
-    """Simulated pairs under folder/{train,eval}/{low,high}; training and evaluation show different photographs."""
+    """Simulated pairs under folder/{train,eval}/{low,high}; training and evaluation show different
+    photographs."""
     rng = np.random.default_rng(config.seed)
     for part, names, count in (("train", DEMO_TRAIN, 36), ("eval", DEMO_TEST, 6)):
         for name in names:
-            for place, high in enumerate(demo_crops(name, count, config.image_size[0], part == "train", rng)):
+            for place, high in enumerate(
+                demo_crops(name, count, config.image_size[0], part == "train", rng)
+            ):
                 write_image(folder / part / "high" / f"{name}_{place}.png", Image.fromarray(high))
-                write_image(folder / part / "low" / f"{name}_{place}.png", Image.fromarray(simulate_infrared(high, rng)))
+                write_image(
+                    folder / part / "low" / f"{name}_{place}.png",
+                    Image.fromarray(simulate_infrared(high, rng)),
+                )
 
 
 def gamma_baseline(store: PairStore) -> float:
-    """The one exponent in {0.1, 0.15, ..., 1} that brightens the training pictures best, by mean squared error."""
+    """The one exponent in {0.1, 0.15, ..., 1} that brightens the training pictures best, by mean
+    squared error."""
     pairs = [store[i] for i in range(len(store))]
     low, high = (np.stack([pair[k] for pair in pairs]) / 255.0 for k in (0, 1))
-    return min(np.arange(0.1, 1.01, 0.05), key=lambda exponent: float(((low**exponent - high) ** 2).mean()))
+    return min(
+        np.arange(0.1, 1.01, 0.05), key=lambda exponent: float(((low**exponent - high) ** 2).mean())
+    )
 
 
-def demo(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
-    """--mode demo: simulate, train a small model, evaluate it on other photographs, print the comparison."""
+def demo(
+    arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
+) -> int:
+    """--mode demo: simulate, train a small model, evaluate it on other photographs, print the
+    comparison."""
     settings = arguments.settings
     base = apply_settings(config_class(), settings, "config")
     folder = results_folder(base.results_dir, "demo")
     data = folder / "data"
     small = {
-        **{f"{part}_{kind}_dir": str(data / part / kind) for part in ("train", "eval") for kind in ("low", "high")},
-        **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7, eval_size="auto"),
-        **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8, max_minutes=2.9),
+        **{
+            f"{part}_{kind}_dir": str(data / part / kind)
+            for part in ("train", "eval")
+            for kind in ("low", "high")
+        },
         **dict(
-            checkpoint_dir=f"{base.checkpoint_dir}/{folder.name}", results_dir=str(folder), keep_checkpoints=1, init_from=""
+            val_low_dir="",
+            val_high_dir="",
+            image_size=[128, 128],
+            crop_size=0,
+            window_min=0.7,
+            eval_size="auto",
+        ),
+        **dict(
+            flow_channels=32,
+            thumbnail_size=64,
+            batch_size=4,
+            learning_rate=2e-3,
+            num_epochs=8,
+            max_minutes=2.9,
+        ),
+        **dict(
+            checkpoint_dir=f"{base.checkpoint_dir}/{folder.name}",
+            results_dir=str(folder),
+            keep_checkpoints=1,
+            init_from="",
         ),
     }
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     overrides = dict(parse_assignment(text, config_class) for text in arguments.set)
-    config = apply_settings(base, small | {k: v for k, v in overrides.items() if k not in FOLDER_KEYS}, "demo")
+    config = apply_settings(
+        base, small | {k: v for k, v in overrides.items() if k not in FOLDER_KEYS}, "demo"
+    )
     write_demo_pairs(data, config)
-    print(f"demo: simulated {len(DEMO_TRAIN)} photographs for training and {len(DEMO_TEST)} others for evaluation in {data}")
+    print(
+        f"demo: simulated {len(DEMO_TRAIN)} photographs for training and {len(DEMO_TEST)} others"
+        f" for evaluation in {data}"
+    )
     status = Trainer(config, model_class).fit()
     if status:
         return status
@@ -3249,31 +4312,37 @@ def demo_table(config: Config, folder: Path, evaluation: Path) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Export: the deterministic enhancement as one ONNX file for other languages and runtimes
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FixedConv(nn.Module):
-    """The inverse of an InvertibleConv with its matrix worked out, which ONNX has no operator for."""
+    """The inverse of an InvertibleConv with its matrix worked out, which ONNX has no operator
+    for."""
 
     weight: Tensor
 
     def __init__(self, layer: InvertibleConv) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.linalg.inv(layer.weight().double()).float()[:, :, None, None])
+        self.register_buffer(
+            "weight", torch.linalg.inv(layer.weight().double()).float()[:, :, None, None]
+        )
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return F.conv2d(y, self.weight), y.new_zeros(len(y))
 
 
 class Enhancer(nn.Module):
-    """low (1, 3, H, W) in [0, 1] -> enhanced, the same shape; all that `enhance` does, thumbnail and padding included."""
+    """low (1, 3, H, W) in [0, 1] -> enhanced, the same shape; all that `enhance` does, thumbnail
+    and padding included."""
 
     def __init__(self, model: System) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).float().cpu().eval()
-        for layers in [module.layers for module in self.model.modules() if isinstance(module, Flow)]:
+        for layers in [
+            module.layers for module in self.model.modules() if isinstance(module, Flow)
+        ]:
             for place, layer in enumerate(layers):
                 if isinstance(layer, InvertibleConv):
                     layers[place] = FixedConv(layer)
@@ -3284,7 +4353,8 @@ class Enhancer(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings: the exporter tells of its own deprecations and of guesses that it mends itself."""
+    """No warnings: the exporter tells of its own deprecations and of guesses that it mends
+    itself."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -3298,8 +4368,11 @@ EXPORT_SIZES = ((64, 96), (131, 201), (400, 600))
 EXPORT_TOLERANCE = 1e-3
 
 
-def export(arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]) -> int:
-    """--mode export: an ONNX file with free height and width, compared with PyTorch at three sizes before it is written."""
+def export(
+    arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
+) -> int:
+    """--mode export: an ONNX file with free height and width, compared with PyTorch at three sizes
+    before it is written."""
     target = Path(arguments.output)
     if target.suffix.lower() != ".onnx":
         raise UserError(f"--output {target}: the suffix must be .onnx")
@@ -3308,10 +4381,18 @@ def export(arguments: argparse.Namespace, model_class: type[System], config_clas
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--mode export needs the package {error.name}; run pip install onnx onnxruntime onnxscript") from None
-    model, _, _, _ = load_model(arguments.checkpoint, arguments.settings | {"device": "cpu"}, model_class, config_class)
+        raise UserError(
+            f"--mode export needs the package {error.name}; run pip install onnx onnxruntime"
+            " onnxscript"
+        ) from None
+    model, _, _, _ = load_model(
+        arguments.checkpoint, arguments.settings | {"device": "cpu"}, model_class, config_class
+    )
     enhancer = Enhancer(model)
-    sides = {2: torch.export.Dim("height", min=16, max=65536), 3: torch.export.Dim("width", min=16, max=65536)}
+    sides = {
+        2: torch.export.Dim("height", min=16, max=65536),
+        3: torch.export.Dim("width", min=16, max=65536),
+    }
     with atomic_path(target) as temporary, torch.no_grad(), quiet():
         try:
             torch.onnx.export(
@@ -3328,58 +4409,82 @@ def export(arguments: argparse.Namespace, model_class: type[System], config_clas
             )
         except torch.onnx.OnnxExporterError:
             name = system_of(model_class)
-            raise UserError(f"--mode export: ONNX cannot express what {name} computes; use --mode enhance") from None
+            raise UserError(
+                f"--mode export: ONNX cannot express what {name} computes; use --mode enhance"
+            ) from None
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         generator = torch.Generator().manual_seed(0)
         for height, width in EXPORT_SIZES:
             low = torch.rand(1, 3, height, width, generator=generator) ** 3
-            difference = float(np.abs(session.run(None, {"low": low.numpy()})[0] - enhancer(low).numpy()).max())
+            difference = float(
+                np.abs(session.run(None, {"low": low.numpy()})[0] - enhancer(low).numpy()).max()
+            )
             print(f"{height}x{width}: largest difference from PyTorch {difference:.1e}")
             if not difference < EXPORT_TOLERANCE:
-                raise RunError(f"{target}: ONNX and PyTorch differ by {difference:.3g}; not written, please report it")
-    print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; low (1, 3, H, W) float32 in [0, 1] -> enhanced, sides from 16")
+                raise RunError(
+                    f"{target}: ONNX and PyTorch differ by {difference:.3g}; not written, please"
+                    " report it"
+                )
+    print(
+        f"{target}: {target.stat().st_size / 2**20:.1f} MiB; low (1, 3, H, W) float32 in [0, 1] ->"
+        " enhanced, sides from 16"
+    )
     print("to run it:")
     print(f"  session = onnxruntime.InferenceSession({str(target)!r})")
     print('  enhanced = session.run(None, {"low": low})[0]')
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo, "export": export}
 
 
 def main(
-    argv: Sequence[str] | None = None, model_class: type[System] = ConditionalFlow, config_class: type[Config] = Config
+    argv: Sequence[str] | None = None,
+    model_class: type[System] = ConditionalFlow,
+    config_class: type[Config] = Config,
 ) -> int:
     """Run one mode; returns the exit status.
 
-    Another model is a subclass of System, and brings a subclass of Config with its own keys; the file of that needs
-    `from __future__ import annotations`, as its fields' types are read as text.
+    Another model is a subclass of System, and brings a subclass of Config with its own keys; the
+    file of that needs `from __future__ import annotations`, as its fields' types are read as text.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         arguments = parse_command_line(argv, config_class)
-        sources = [text for text in (arguments.config, arguments.resume, arguments.checkpoint, arguments.input) if text]
-        with sigterm_as_ctrl_c(), process_group(arguments.mode, arguments.settings.get("device", "auto")):
+        sources = [
+            text
+            for text in (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
+            if text
+        ]
+        with (
+            sigterm_as_ctrl_c(),
+            process_group(arguments.mode, arguments.settings.get("device", "auto")),
+        ):
             print(f"{arguments.mode}: {', '.join(sources) or 'default settings'}", flush=True)
             return MODES[arguments.mode](arguments, model_class, config_class)
     except UserError as mistake:
         return complain(mistake)
     except OSError as error:  # what has no better message of its own
         where = error.filename or "the output"
-        return complain(UserError(f"{where}: {error.strerror or error}; check the folder and the free space"))
+        return complain(
+            UserError(f"{where}: {error.strerror or error}; check the folder and the free space")
+        )
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return complain(RunError(f"compile: {str(error).splitlines()[0]}; use --set compile=false"))
+            return complain(
+                RunError(f"compile: {str(error).splitlines()[0]}; use --set compile=false")
+            )
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         return complain(RunError("another process of this job stopped; see its message"))
-    except KeyboardInterrupt:  # training catches its own; elsewhere nothing half-written is left behind
+    # training catches its own; elsewhere nothing half-written is left behind
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 

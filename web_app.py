@@ -1,10 +1,12 @@
-"""A local page for trying models on your own photographs: before/after slider, two models side by side, uncertainty.
+"""A local page for trying models on your own photographs: before/after slider, two models side by
+side, uncertainty.
 
     pip install flask waitress
     python web_app.py [--checkpoint FILE ...] [--host 127.0.0.1] [--port 8000] [--set KEY=VALUE ...]
 
-An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place the page shows) and
-forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES. File names of uploads are never used.
+An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place
+the page shows) and forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES.
+File names of uploads are never used.
 """
 
 from __future__ import annotations
@@ -36,11 +38,18 @@ try:
     import flask
     import waitress
 except ImportError as missing:
-    sys.exit(ms.complain(ms.UserError(f"the page needs the package {missing.name}; run pip install flask waitress")))
+    sys.exit(
+        ms.complain(
+            ms.UserError(
+                f"the page needs the package {missing.name}; run pip install flask waitress"
+            )
+        )
+    )
 
 ROOT = Path(__file__).resolve().parent
 KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
-WHOLE_TOGETHER = 2  # of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
+# of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
+WHOLE_TOGETHER = 2
 SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
 
 
@@ -67,28 +76,41 @@ class Job:
     def size(self) -> int:
         """Bytes it holds."""
         arrays = [self.picture.pixels, self.picture.alpha] if self.picture else []
-        arrays += [self.enhanced.best, *self.enhanced.samples, self.enhanced.deviation] if self.enhanced else []
+        arrays += (
+            [self.enhanced.best, *self.enhanced.samples, self.enhanced.deviation]
+            if self.enhanced
+            else []
+        )
         return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
 
 
 class Studio:
     """The models, and the one worker that uses them."""
 
-    def __init__(self, checkpoints: Sequence[Path], settings: dict[str, Any], megapixels: float) -> None:
+    def __init__(
+        self, checkpoints: Sequence[Path], settings: dict[str, Any], megapixels: float
+    ) -> None:
         self.models = {self._label(path): path for path in checkpoints}
         self.settings, self.megapixels = settings, megapixels
         self.jobs: dict[str, Job] = {}
         self.lock, self.todo = threading.Lock(), queue.Queue[str]()
-        # drawing takes several times a picture's memory: one view at a time, which is soon over, and one whole picture
-        self.drawing, self.packing, self.places = threading.Lock(), threading.Lock(), threading.Semaphore(WHOLE_TOGETHER)
-        self.unsent = weakref.WeakKeyDictionary[io.BytesIO, int]()  # the bytes of whole pictures still open for a browser
+        # drawing takes several times a picture's memory: one view at a time, which is soon over,
+        # and one whole picture
+        self.drawing, self.packing, self.places = (
+            threading.Lock(),
+            threading.Lock(),
+            threading.Semaphore(WHOLE_TOGETHER),
+        )
+        # the bytes of whole pictures still open for a browser
+        self.unsent = weakref.WeakKeyDictionary[io.BytesIO, int]()
         self.closing = False
         self.load = functools.lru_cache(maxsize=2)(self._load)
         self.worker = threading.Thread(target=self._work, daemon=True)
         self.worker.start()
 
     def close(self) -> None:
-        """Let the worker finish what it does, not what waits, and end it: Python must not exit while it is inside a library."""
+        """Let the worker finish what it does, not what waits, and end it: Python must not exit
+        while it is inside a library."""
         self.closing = True
         self.todo.put("")
         self.worker.join()
@@ -106,14 +128,21 @@ class Studio:
         return ms.load_model(path, self.settings, *baselines.classes(system))[:3]
 
     def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
-        """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy when too many wait."""
+        """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy
+        when too many wait."""
         with ms.opened(io.BytesIO(data)) as picture:
             width, height = picture.size
         if width * height > self.megapixels * 1e6:
-            raise ms.UserError(f"the picture has {width * height / 1e6:.1f} megapixels; this page takes {self.megapixels:g}")
+            raise ms.UserError(
+                f"the picture has {width * height / 1e6:.1f} megapixels; this page takes"
+                f" {self.megapixels:g}"
+            )
         with self.lock:
             waiting = [job for job in self.jobs.values() if job.state in ("waiting", "working")]
-            if len(waiting) >= LONGEST_QUEUE or sum(job.size for job in waiting) + len(data) > KEEP_BYTES:
+            if (
+                len(waiting) >= LONGEST_QUEUE
+                or sum(job.size for job in waiting) + len(data) > KEEP_BYTES
+            ):
                 raise TooBusy("too many pictures are waiting; try again in a moment")
             name = secrets.token_urlsafe(16)
             self.jobs[name] = Job(data, model, samples, uncertainty)
@@ -128,10 +157,11 @@ class Studio:
 
     @contextlib.contextmanager
     def turn(self, whole: bool) -> Iterator[None]:
-        """To draw within. Views wait for each other; a whole picture may take half a minute, so that only WHOLE_TOGETHER are
-        taken on: threads stay free for everything else.
+        """To draw within. Views wait for each other; a whole picture may take half a minute, so
+        that only WHOLE_TOGETHER are taken on: threads stay free for everything else.
 
-        Raises TooBusy for more, and while slow browsers have yet to fetch more than KEEP_BYTES of whole pictures.
+        Raises TooBusy for more, and while slow browsers have yet to fetch more than KEEP_BYTES of
+        whole pictures.
         """
         if not whole:
             with self.drawing:
@@ -142,14 +172,18 @@ class Studio:
             raise busy
         try:
             with self.packing:
-                if sum(size for stream, size in self.unsent.items() if not stream.closed) > KEEP_BYTES:
+                if (
+                    sum(size for stream, size in self.unsent.items() if not stream.closed)
+                    > KEEP_BYTES
+                ):
                     raise busy
                 yield
         finally:
             self.places.release()
 
     def forget(self) -> None:
-        """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and those that wait."""
+        """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and
+        those that wait."""
         with self.lock:
             finished = [name for name, job in self.jobs.items() if job.state in ("done", "failed")]
             held, now = 0, time.monotonic()
@@ -175,7 +209,10 @@ class Studio:
             except ms.UserError as error:
                 job.state, job.message = "failed", str(error)
             except Exception as error:  # the page must answer, whatever a picture does to a library
-                job.state, job.message = "failed", f"this picture cannot be enhanced ({type(error).__name__})"
+                job.state, job.message = (
+                    "failed",
+                    f"this picture cannot be enhanced ({type(error).__name__})",
+                )
             job.data = b""
             self.forget()
 
@@ -239,11 +276,19 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
     @app.get("/")
     def page() -> flask.Response:
         nonce = secrets.token_urlsafe(16)
-        options = {"models": list(studio.models), "samples": SAMPLES, "megabytes": megabytes, "nonce": nonce}
-        response = flask.Response(flask.render_template("page.html", **options), mimetype="text/html")
+        options = {
+            "models": list(studio.models),
+            "samples": SAMPLES,
+            "megabytes": megabytes,
+            "nonce": nonce,
+        }
+        response = flask.Response(
+            flask.render_template("page.html", **options), mimetype="text/html"
+        )
         response.headers["Content-Security-Policy"] = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:; "
-            "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src"
+            " 'self' blob: data:; connect-src 'self'; form-action 'none'; base-uri 'none';"
+            " frame-ancestors 'none'"
         )
         return response
 
@@ -264,7 +309,10 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
         model = flask.request.form.get("model", next(iter(studio.models)))
         if model not in studio.models:
             return say(400, "no such model")
-        samples, uncertainty = int(number("samples", 0, 0, 4)), flask.request.form.get("uncertainty") == "1"
+        samples, uncertainty = (
+            int(number("samples", 0, 0, 4)),
+            flask.request.form.get("uncertainty") == "1",
+        )
         try:
             name = studio.submit(upload.stream.read(), model, samples, uncertainty)
         except ms.UserError as error:
@@ -276,14 +324,25 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
     @app.get("/jobs/<name>")
     def status(name: str) -> flask.Response:
         job = find(name)
-        answer: dict[str, Any] = {"state": job.state, "message": job.message, "seconds": round(job.seconds, 2)}
+        answer: dict[str, Any] = {
+            "state": job.state,
+            "message": job.message,
+            "seconds": round(job.seconds, 2),
+        }
         if job.state == "waiting":
             answer["before"] = studio.place(name)
         if job.enhanced is not None and job.picture is not None:
             height, width = job.picture.pixels.shape[:2]
             deviation = job.enhanced.deviation
-            answer |= {"width": width, "height": height, "samples": len(job.enhanced.samples), "note": job.picture.note}
-            answer |= {"deviation": None if deviation is None else round(float(deviation.mean()), 5)}
+            answer |= {
+                "width": width,
+                "height": height,
+                "samples": len(job.enhanced.samples),
+                "note": job.picture.note,
+            }
+            answer |= {
+                "deviation": None if deviation is None else round(float(deviation.mean()), 5)
+            }
         return flask.jsonify(answer)
 
     def view_response(pixels: np.ndarray) -> flask.Response:
@@ -292,7 +351,8 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
     def whole_response(data: bytes, name: str = "") -> flask.Response:
         stream = io.BytesIO(data)
         studio.unsent[stream] = len(data)
-        response = flask.send_file(stream, "image/png", conditional=False)  # the server closes the stream when it is sent
+        # the server closes the stream when it is sent
+        response = flask.send_file(stream, "image/png", conditional=False)
         if name:
             response.headers["Content-Disposition"] = f'attachment; filename="{name}.png"'
         return response
@@ -312,7 +372,10 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
             pixels = given.pixels
             shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
             return view_response(shallow)
-        choices = {"enhanced": found.best, **{f"sample{n}": s for n, s in enumerate(found.samples, 1)}}
+        choices = {
+            "enhanced": found.best,
+            **{f"sample{n}": s for n, s in enumerate(found.samples, 1)},
+        }
         if what not in choices:
             return say(404, "no such picture")
         deep = whole and given.pixels.dtype == np.uint16
@@ -339,7 +402,9 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
 
     @app.after_request
     def guard(response: flask.Response) -> flask.Response:
-        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+        response.headers.setdefault(
+            "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
+        )
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["X-Frame-Options"] = "DENY"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -363,20 +428,26 @@ def encode_view(pixels: np.ndarray, whole: bool) -> bytes:
 
 
 def find_checkpoints(given: Sequence[str]) -> list[Path]:
-    """Those given, or every best_model.pth and *.pth under checkpoints/ that holds a model. Raises UserError for none."""
+    """Those given, or every best_model.pth and *.pth under checkpoints/ that holds a model. Raises
+    UserError for none."""
     if given:
         for name in given:
             ms.load_checkpoint(name)
         return [Path(name) for name in given]
     found: list[Path] = []
-    for path in sorted((ROOT / "checkpoints").rglob("*.pth"), key=lambda path: (path.name != "best_model.pth", str(path))):
+    for path in sorted(
+        (ROOT / "checkpoints").rglob("*.pth"),
+        key=lambda path: (path.name != "best_model.pth", str(path)),
+    ):
         try:
             ms.load_checkpoint(str(path))
         except ms.UserError:
             continue
         found.append(path)
     if not found:
-        raise ms.UserError("checkpoints: no weights found; train a model, or name one with --checkpoint FILE")
+        raise ms.UserError(
+            "checkpoints: no weights found; train a model, or name one with --checkpoint FILE"
+        )
     return found
 
 
@@ -388,25 +459,34 @@ def bounded(kind: Callable[[str], float], low: float, high: float) -> Callable[[
             if low <= (value := kind(text)) <= high:
                 return value
         name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"give a {name} in [{low:g}, {high:g}] instead of {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"give a {name} in [{low:g}, {high:g}] instead of {text!r}"
+        )
 
     return parse
 
 
 def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., None]) -> None:
-    """Serve the page until Ctrl-C. Raises UserError where that cannot be done at the address asked for."""
+    """Serve the page until Ctrl-C. Raises UserError where that cannot be done at the address asked
+    for."""
     host, port = arguments.host, arguments.port
-    # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary files
+    # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary
+    # files
     room = int(arguments.max_megabytes * 2**20) + 2**20
     limits = dict(max_request_body_size=room, inbuf_overflow=room, channel_timeout=60)
-    limits |= dict(connection_limit=40)  # so many uploads may be on their way, and in memory, together
-    limits |= dict(outbuf_overflow=2**24)  # no view is that large; full-size pictures pass it by, and `turn` bounds them
+    # so many uploads may be on their way, and in memory, together
+    limits |= dict(connection_limit=40)
+    # no view is that large; full-size pictures pass it by, and `turn` bounds them
+    limits |= dict(outbuf_overflow=2**24)
     app = make_app(studio, arguments.max_megabytes)
     print(f"open http://{host}:{port}/ in a browser; Ctrl-C ends", flush=True)
     try:
         serve(app, host=host, port=port, threads=8, ident=None, **limits)
-    except ValueError as error:  # waitress's word for a host that has no address; the numbers are checked before
-        raise ms.UserError(f"--host {host}: no such address; name one of this machine, such as 127.0.0.1") from error
+    # waitress's word for a host that has no address; the numbers are checked before
+    except ValueError as error:
+        raise ms.UserError(
+            f"--host {host}: no such address; name one of this machine, such as 127.0.0.1"
+        ) from error
     except OSError as error:
         option = f"--host {host}" if error.errno == errno.EADDRNOTAVAIL else f"--port {port}"
         raise ms.UserError(f"{option}: cannot listen ({error.strerror}); choose another") from error
@@ -415,16 +495,46 @@ def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., N
 def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitress.serve) -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
     most = KEEP_BYTES / 2**20  # megabytes; the queue takes no more
-    parser = ms.OneLineParser(description="A local page that enhances photographs.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", metavar="FILE", action="append", default=[], help="weights to offer; repeatable")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine alone")
+    parser = ms.OneLineParser(
+        description="A local page that enhances photographs.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="weights to offer; repeatable",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; the default is this machine alone",
+    )
     parser.add_argument("--port", type=bounded(int, 1, 65535), default=8000)
-    parser.add_argument("--max-megabytes", type=bounded(float, 0.1, most), default=40, help=f"largest upload, 0.1 to {most:g}")
-    parser.add_argument("--max-megapixels", type=bounded(float, 0.1, 1000), default=50, help="largest picture, 0.1 to 1000")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="config key, as in model_script.py")
+    parser.add_argument(
+        "--max-megabytes",
+        type=bounded(float, 0.1, most),
+        default=40,
+        help=f"largest upload, 0.1 to {most:g}",
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=bounded(float, 0.1, 1000),
+        default=50,
+        help="largest picture, 0.1 to 1000",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="config key, as in model_script.py",
+    )
     try:
         arguments = parser.parse_args(argv)
-        settings = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
+        settings = ms.typed_settings(
+            ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
+        )
         studio = Studio(find_checkpoints(arguments.checkpoint), settings, arguments.max_megapixels)
         try:
             studio.load(next(iter(studio.models)))

@@ -1,4 +1,5 @@
-"""Published systems to compare with, one file each; they import model_script, which knows none of them."""
+"""Published systems to compare with, one file each; they import model_script, which knows none of
+them."""
 
 from __future__ import annotations
 
@@ -10,9 +11,19 @@ from torch import Tensor
 
 SYSTEMS = {  # the name in a checkpoint: module, model, config, recipe for two cores
     "ConditionalFlow": ("model_script", "ConditionalFlow", "Config", "cpu_train_config.json"),
-    "RetinexNet": ("baselines.retinexnet", "RetinexNet", "RetinexConfig", "baselines/retinexnet.json"),
+    "RetinexNet": (
+        "baselines.retinexnet",
+        "RetinexNet",
+        "RetinexConfig",
+        "baselines/retinexnet.json",
+    ),
     "UPTFlow": ("baselines.upt_flow", "UPTFlow", "UPTFlowConfig", "baselines/upt_flow.json"),
-    "AnlightenDiff": ("baselines.anlightendiff", "AnlightenDiff", "AnlightenConfig", "baselines/anlightendiff.json"),
+    "AnlightenDiff": (
+        "baselines.anlightendiff",
+        "AnlightenDiff",
+        "AnlightenConfig",
+        "baselines/anlightendiff.json",
+    ),
 }
 
 
@@ -24,9 +35,16 @@ def classes(system: str) -> tuple[type[Any], type[Any]]:
 
 
 def equalise(low: Tensor) -> Tensor:
-    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1]; a constant becomes 0."""
+    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1];
+    a constant becomes 0."""
     levels = (low.float() * 255).round().long().flatten(2)
-    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add(2, levels, torch.ones_like(levels))
+    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add(
+        2, levels, torch.ones_like(levels)
+    )
     below = counts.cumsum(2).gather(2, levels)  # pixels that are no brighter
     lowest = below.amin(2, keepdim=True)
-    return ((below - lowest) / (levels.shape[2] - lowest).clamp(min=1)).reshape(low.shape).to(low.dtype)
+    return (
+        ((below - lowest) / (levels.shape[2] - lowest).clamp(min=1))
+        .reshape(low.shape)
+        .to(low.dtype)
+    )

@@ -1,30 +1,38 @@
-"""RetinexNet: a dark photograph is split into reflectance and illumination, and only the illumination is brightened.
+"""RetinexNet: a dark photograph is split into reflectance and illumination, and only the
+illumination is brightened.
 
     python -m baselines.retinexnet --mode train --config baselines/retinexnet.json
 
 Words used throughout, beside those of model_script
     reflectance    R, the colours of things, (B, 3, H, W) in [0, 1], the same for low and high
     illumination   I, the light that falls on them, (B, 1, H, W) in [0, 1]; a picture is R * I
-    relit          I_new, the illumination that Enhance-Net proposes, (B, 1, H, W), about [0, 1]; enhanced = R_low * I_new
+    relit          I_new, the illumination that Enhance-Net proposes, (B, 1, H, W), about [0, 1];
+    enhanced = R_low * I_new
 
 References
-    Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"): networks, L_recon, L_ir, L_is
-    its public code: the weights of the losses, the 9x9 layer, the channel maximum
-    a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and transposed convolutions; it found white relit
+    Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"):
+    networks, L_recon, L_ir, L_is its public code: the weights of the losses, the 9x9 layer, the
+    channel maximum a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and
+    transposed convolutions; it found white relit
         illuminations in joint training, and noise in plain colours without transposed convolutions
 
 Where they are silent or differ, this file
-    takes the gradient at the last row and column as zero, so that a picture's border is no edge, and averages a
-        gradient over those of its 3x3 neighbours that exist (the public code pads with black before the gradient);
-    lets the loss see R_low * I_new unbounded, as the last layer has no activation, and clamps only the finished picture;
-    pads by repeating the last row and column to a multiple of 8 and crops, so that both up-samplings take any size;
-    halves the rates after each quarter of a stage (the paper's code: a tenth after a fifth of the epochs); a stage of
-        `split` is half of the run (the student project trains either network for all epochs); gradients are clipped at
-        norm 1 and Adam's second beta is 0.99, the script's;
-    has no BM3D denoising of the reflectance, an optional step outside the network, so that the networks are compared.
+    takes the gradient at the last row and column as zero, so that a picture's border is no edge,
+    and averages a
+        gradient over those of its 3x3 neighbours that exist (the public code pads with black before
+        the gradient);
+    lets the loss see R_low * I_new unbounded, as the last layer has no activation, and clamps only
+    the finished picture; pads by repeating the last row and column to a multiple of 8 and crops, so
+    that both up-samplings take any size; halves the rates after each quarter of a stage (the
+    paper's code: a tenth after a fifth of the epochs); a stage of
+        `split` is half of the run (the student project trains either network for all epochs);
+        gradients are clipped at norm 1 and Adam's second beta is 0.99, the script's;
+    has no BM3D denoising of the reflectance, an optional step outside the network, so that the
+    networks are compared.
 
-With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights that are saved as best
-glide towards the trained ones, also those of a Decom-Net that is already frozen; 0 saves the trained ones themselves.
+With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights
+that are saved as best glide towards the trained ones, also those of a Decom-Net that is already
+frozen; 0 saves the trained ones themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +50,8 @@ import model_script as ms
 
 @dataclass
 class RetinexConfig(ms.Config):
-    """The shared settings and those of RetinexNet. `training` counts as architecture: it says what the weights mean."""
+    """The shared settings and those of RetinexNet. `training` counts as architecture: it says what
+    the weights mean."""
 
     method: ClassVar[str] = "RetinexNet"
     program: ClassVar[str] = "-m baselines.retinexnet"
@@ -60,24 +69,35 @@ class RetinexConfig(ms.Config):
         architecture=True,
     )
     transposed: bool = ms.knob(
-        False, "Enhance-Net grows by transposed convolutions, not by nearest neighbours and a convolution", architecture=True
+        False,
+        "Enhance-Net grows by transposed convolutions, not by nearest neighbours and a convolution",
+        architecture=True,
     )
-    channels: int = ms.knob(64, "width of both networks (published: 64)", low=1, high=1024, architecture=True)
+    channels: int = ms.knob(
+        64, "width of both networks (published: 64)", low=1, high=1024, architecture=True
+    )
     decom_lr: float = ms.knob(1e-3, "first learning rate of Decom-Net", low=1e-8, high=1.0)
     relight_lr: float = ms.knob(1e-3, "first learning rate of Enhance-Net", low=1e-8, high=1.0)
     decay_every: float = ms.knob(
-        0.25, "share of a stage of training after which both rates fall, again and again", low=0.01, high=1.0
+        0.25,
+        "share of a stage of training after which both rates fall, again and again",
+        low=0.01,
+        high=1.0,
     )
-    decay_factor: float = ms.knob(0.5, "what they are multiplied by each time; 1: constant rates", low=1e-6, high=1.0)
+    decay_factor: float = ms.knob(
+        0.5, "what they are multiplied by each time; 1: constant rates", low=1e-6, high=1.0
+    )
     num_epochs: int = ms.knob(20, "passes over the training set", low=1, high=1_000_000)
     save_freq: int = ms.knob(10, "epochs between checkpoints", low=1, high=1_000_000)
-    weight_decay: float = ms.knob(0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0)
+    weight_decay: float = ms.knob(
+        0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0
+    )
     ema_decay: float = ms.knob(0.0, "decay of averaged weights; 0: off", low=0.0, high=0.999999)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks: Decom-Net and Enhance-Net of the paper
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Decomposition(NamedTuple):
@@ -93,7 +113,9 @@ class DecomNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.shallow = nn.Conv2d(4, channels, 9, padding=4)
-        self.body = nn.Sequential(*(layer for _ in range(5) for layer in (ms.conv3(channels, channels), nn.ReLU())))
+        self.body = nn.Sequential(
+            *(layer for _ in range(5) for layer in (ms.conv3(channels, channels), nn.ReLU()))
+        )
         self.last = ms.conv3(channels, 4)
 
     def forward(self, image: Tensor) -> Decomposition:
@@ -111,7 +133,8 @@ def double(channels: int, transposed: bool) -> nn.Module:
 
 
 class EnhanceNet(nn.Module):
-    """A low picture's Decomposition to the relit illumination: an encoder-decoder whose three scales are gathered."""
+    """A low picture's Decomposition to the relit illumination: an encoder-decoder whose three
+    scales are gathered."""
 
     def __init__(self, channels: int, transposed: bool) -> None:
         super().__init__()
@@ -131,14 +154,16 @@ class EnhanceNet(nn.Module):
         for up in self.ups:
             x = up(x).relu() + skips.pop()
             decoded.append(x)
-        gathered = torch.cat([F.interpolate(scale, x.shape[-2:], mode="nearest") for scale in decoded], 1)
+        gathered = torch.cat(
+            [F.interpolate(scale, x.shape[-2:], mode="nearest") for scale in decoded], 1
+        )
         relit = self.last(self.fuse(gathered))
         return relit[..., :height, :width].to(seen.illumination.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses: named, weighted terms
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HORIZONTAL, VERTICAL = 3, 2
 
@@ -149,11 +174,15 @@ def gradient(image: Tensor, axis: int) -> Tensor:
 
 
 def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
-    """Structure-aware total variation, a scalar: I may change where R has an edge (paper, L_is, lambda_g = 10).
+    """Structure-aware total variation, a scalar: I may change where R has an edge (paper, L_is,
+    lambda_g = 10).
 
-    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical; grey is that of ITU-R BT.601.
+    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical; grey is that of ITU-R
+    BT.601.
     """
-    grey = (reflectance * reflectance.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    grey = (reflectance * reflectance.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
+        1, keepdim=True
+    )
     total = illumination.new_zeros(())
     for axis in (HORIZONTAL, VERTICAL):
         edges = F.avg_pool2d(gradient(grey, axis), 3, stride=1, padding=1, count_include_pad=False)
@@ -161,8 +190,11 @@ def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
     return total
 
 
-def decom_losses(low: Tensor, high: Tensor, of_low: Decomposition, of_high: Decomposition) -> dict[str, Tensor]:
-    """The terms of Decom-Net (paper, L_recon, L_ir, L_is) for pictures (B, 3, H, W) and their decompositions.
+def decom_losses(
+    low: Tensor, high: Tensor, of_low: Decomposition, of_high: Decomposition
+) -> dict[str, Tensor]:
+    """The terms of Decom-Net (paper, L_recon, L_ir, L_is) for pictures (B, 3, H, W) and their
+    decompositions.
 
     |R_l I_l - S_l| + |R_h I_h - S_h| + 0.001 (|R_h I_l - S_l| + |R_l I_h - S_h|) + 0.01 |R_l - R_h|
     + 0.1 smoothness(I_l, R_l) + 0.1 smoothness(I_h, R_h), each |.| a mean.
@@ -177,16 +209,17 @@ def decom_losses(low: Tensor, high: Tensor, of_low: Decomposition, of_high: Deco
 
 
 def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str, Tensor]:
-    """The terms of Enhance-Net (paper, L_recon and L_is): |R_l I_new - S_h| + 3 smoothness(I_new, R_l)."""
+    """The terms of Enhance-Net (paper, L_recon and L_is): |R_l I_new - S_h| + 3 smoothness(I_new,
+    R_l)."""
     return {
         "relight": F.l1_loss(reflectance * relit, high),
         "relight_smoothness": 3 * smoothness(relit, reflectance),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The system
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class RetinexNet(ms.System):
@@ -201,11 +234,17 @@ class RetinexNet(ms.System):
         self.frozen = False  # in the second stage of split training, where Decom-Net rests
 
     def relit(self, seen: Decomposition) -> Tensor:
-        """I_new (B, 1, H, W); ignore_ienhance puts 1 in its place, so that the reflectance is the enhanced picture."""
-        return torch.ones_like(seen.illumination) if self.config.training == "ignore_ienhance" else self.relight(seen)
+        """I_new (B, 1, H, W); ignore_ienhance puts 1 in its place, so that the reflectance is the
+        enhanced picture."""
+        return (
+            torch.ones_like(seen.illumination)
+            if self.config.training == "ignore_ienhance"
+            else self.relight(seen)
+        )
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides; one answer, whatever the temperature."""
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides; one answer, whatever the
+        temperature."""
         seen = self.decom(low)
         return (seen.reflectance * self.relit(seen)).clamp(0, 1)
 
@@ -215,29 +254,37 @@ class RetinexNet(ms.System):
         maps = {**seen._asdict(), "relit": self.relit(seen).clamp(0, 1)}
         return {name: image.expand_as(low) for name, image in maps.items()}
 
-    # training ---------------------------------------------------------------------------------------------------------
+    # training -------------------------------------------------------------------------------------
 
     def begin_step(self, progress: float) -> None:
-        """Freeze Decom-Net for the second half of a split run: without gradients AdamW leaves it alone, decay included."""
+        """Freeze Decom-Net for the second half of a split run: without gradients AdamW leaves it
+        alone, decay included."""
         self.frozen = self.config.training == "split" and progress >= 0.5
         self.decom.requires_grad_(not self.frozen)
 
     def losses(self, batch: ms.Sample) -> dict[str, Tensor]:
         """The terms of the networks that learn at this stage."""
         seen = self.decom(batch.low)
-        terms = {} if self.frozen else decom_losses(batch.low, batch.high, seen, self.decom(batch.high))
+        terms = (
+            {} if self.frozen else decom_losses(batch.low, batch.high, seen, self.decom(batch.high))
+        )
         if self.frozen or self.config.training != "split":
             terms |= relight_losses(batch.high, seen.reflectance, self.relit(seen))
         return terms
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """One optimizer of two groups, which is two optimizers: Adam keeps its averages by parameter."""
+        """One optimizer of two groups, which is two optimizers: Adam keeps its averages by
+        parameter."""
         ratio = self.config.relight_lr / self.config.decom_lr
-        groups = [{"params": self.decom.parameters()}, {"params": self.relight.parameters(), "lr_scale": ratio}]
+        groups = [
+            {"params": self.decom.parameters()},
+            {"params": self.relight.parameters(), "lr_scale": ratio},
+        ]
         return ms.adamw(groups, self.config)
 
     def learning_rate_at(self, progress: float, step: int) -> float:
-        """Decom-Net's rate, in steps that begin anew with each stage; Enhance-Net's is in proportion."""
+        """Decom-Net's rate, in steps that begin anew with each stage; Enhance-Net's is in
+        proportion."""
         config = self.config
         done = 2 * progress - (progress >= 0.5) if config.training == "split" else progress
         return config.decom_lr * config.decay_factor ** int(done / config.decay_every)

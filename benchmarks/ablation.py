@@ -1,12 +1,14 @@
-"""Short training runs of equal budget that differ in one thing each, scored on the validation scenes.
+"""Short training runs of equal budget that differ in one thing each, scored on the validation
+scenes.
 
     python benchmarks/ablation.py [VARIANT ...] [--minutes 5] [--seed 0] [--set KEY=VALUE ...]
 
-Every run starts from nothing and is `model_script.py --mode train --config release_train_config.json` with its schedule
-cut to --minutes, SHORT (smaller crops and a higher rate, as the recipe's own crops come after two other stages) and the
-settings of its variant; the variants that need another model get it here. Without names all variants run; each
-adds a line to results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir and
-train_high_dir of the recipe. Evaluation pictures play no part.
+Every run starts from nothing and is `model_script.py --mode train --config
+release_train_config.json` with its schedule cut to --minutes, SHORT (smaller crops and a higher
+rate, as the recipe's own crops come after two other stages) and the settings of its variant; the
+variants that need another model get it here. Without names all variants run; each adds a line to
+results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir
+and train_high_dir of the recipe. Evaluation pictures play no part.
 """
 
 from __future__ import annotations
@@ -46,10 +48,13 @@ class WithoutGlobal(ms.ConditionalFlow):
 
 
 class WithoutFlow(ms.ConditionalFlow):
-    """Direct regression by the two branches: the mean is the picture in logit space, no coupling touches it."""
+    """Direct regression by the two branches: the mean is the picture in logit space, no coupling
+    touches it."""
 
     def decode(self, latent: Tensor, condition: ms.Condition) -> Tensor:
-        squeezes = [layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))]
+        squeezes = [
+            layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))
+        ]
         for layer in reversed(squeezes):
             latent = layer.inverse(latent)[0]
         return ms.requantise(latent)
@@ -65,10 +70,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without NLL": {"nll_weight": 0.0},
     "NLL weight 0.5": {"nll_weight": 0.5},
     "without colour loss": {"colour_weight": 0.0},
-    "colour loss, published wide kernel": {"histogram_kernel": "inverse_quadratic", "histogram_sigma": 0.05},
+    "colour loss, published wide kernel": {
+        "histogram_kernel": "inverse_quadratic",
+        "histogram_sigma": 0.05,
+    },
     "SSIM weight 1": {"ssim_weight": 1.0},
     "without SSIM": {"ssim_weight": 0.0},
-    "augmentation off": {"flips": False, "window_min": 1.0, "exposure_gain": 0.0, "channel_gain": 0.0},
+    "augmentation off": {
+        "flips": False,
+        "window_min": 1.0,
+        "exposure_gain": 0.0,
+        "channel_gain": 0.0,
+    },
     "EMA off": {"ema_decay": 0.0},
     "1 coupling a scale": {"num_flow_blocks": 1},
     "4 couplings a scale": {"num_flow_blocks": 4},
@@ -79,28 +92,44 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 4": {"batch_size": 4},
     "batch 8": {"batch_size": 8},
 }
-NATIVE = ("psnr", "ssim", "psnr_gt_mean", "ciede2000", "colourfulness_ratio", "wasserstein", "bits_per_dim")
+NATIVE = (
+    "psnr",
+    "ssim",
+    "psnr_gt_mean",
+    "ciede2000",
+    "colourfulness_ratio",
+    "wasserstein",
+    "bits_per_dim",
+)
 RESIZED = ("psnr", "ssim", "ciede2000")  # the same at image_size, whole pictures
 
 
 @torch.no_grad()
 def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
-    """Means over the validation pairs of the averaged weights' metrics, at native size and at image_size."""
+    """Means over the validation pairs of the averaged weights' metrics, at native size and at
+    image_size."""
     model = trainer.averaged.eval()
     native: list[dict[str, Any]] = []
     resized: list[dict[str, Any]] = []
     for index in trainer.validation:
         low, high = (ms.to_tensor(pixels)[None] for pixels in trainer.held_out[index])
-        small = [ms.resize(image, trainer.config.image_size, quantise=True) for image in (low, high)]
+        small = [
+            ms.resize(image, trainer.config.image_size, quantise=True) for image in (low, high)
+        ]
         for rows, (dark, target) in ((native, (low, high)), (resized, small)):
             with trainer.runtime.autocast():
                 enhanced = model.enhance(dark).float()
                 likelihood = model.likelihood(target, dark) if trainer.config.nll_weight else None
             pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, target)]
-            rows.append(ms.image_metrics(*pictures) | {"bits_per_dim": float(likelihood[0]) if likelihood else math.nan})
+            rows.append(
+                ms.image_metrics(*pictures)
+                | {"bits_per_dim": float(likelihood[0]) if likelihood else math.nan}
+            )
     means = {name: float(np.mean([row[name] for row in native])) for name in NATIVE}
     side = "x".join(map(str, trainer.config.image_size))
-    return means | {f"{name}_{side}": float(np.mean([row[name] for row in resized])) for name in RESIZED}
+    return means | {
+        f"{name}_{side}": float(np.mean([row[name] for row in resized])) for name in RESIZED
+    }
 
 
 def results_of(overrides: dict[str, Any]) -> Path:
@@ -108,23 +137,36 @@ def results_of(overrides: dict[str, Any]) -> Path:
     return Path(overrides.get("results_dir", ROOT / "results"))
 
 
-def train_and_score(name: str, minutes: float, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
+def train_and_score(
+    name: str, minutes: float, seed: int, overrides: dict[str, Any]
+) -> dict[str, Any]:
     """The scores of a variant's averaged weights on its validation pairs."""
     settings = ms.read_config_file(str(ROOT / "release_train_config.json"))
     variant = dict(VARIANTS[name])
     model_class = variant.pop("model", ms.ConditionalFlow)
     folder = results_of(overrides) / "ablation" / f"{name.replace(' ', '_')}_{seed}"
     budget: dict[str, Any] = dict(
-        max_minutes=minutes, num_epochs=100_000, val_freq=100_000, save_freq=100_000, warmup_steps=100
+        max_minutes=minutes,
+        num_epochs=100_000,
+        val_freq=100_000,
+        save_freq=100_000,
+        warmup_steps=100,
     )
-    budget |= dict(ema_decay=0.99, checkpoint_dir=str(folder), log_dir=str(folder / "logs"), seed=seed)
-    config = ms.apply_settings(ms.Config(), settings | SHORT | budget | overrides | variant, "ablation")
+    budget |= dict(
+        ema_decay=0.99, checkpoint_dir=str(folder), log_dir=str(folder / "logs"), seed=seed
+    )
+    config = ms.apply_settings(
+        ms.Config(), settings | SHORT | budget | overrides | variant, "ablation"
+    )
     trainer = ms.Trainer(config, model_class)
     with contextlib.redirect_stdout(io.StringIO()):
         if model_class is not Untouched:
             trainer.fit()
     means = {name: round(value, 4) for name, value in validation_scores(trainer).items()}
-    shown: dict[str, Any] = {key: value.__name__ if isinstance(value, type) else value for key, value in VARIANTS[name].items()}
+    shown: dict[str, Any] = {
+        key: value.__name__ if isinstance(value, type) else value
+        for key, value in VARIANTS[name].items()
+    }
     return {
         "variant": name,
         "seed": seed,
@@ -137,7 +179,9 @@ def train_and_score(name: str, minutes: float, seed: int, overrides: dict[str, A
 
 def main() -> None:
     """Run the named variants, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)

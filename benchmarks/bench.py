@@ -1,18 +1,23 @@
 """Every speed in one run: `make bench`, or
 
-    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE] [--results FOLDER]
+    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE]
+    [--results FOLDER]
 
-training     images a second of the published recipe (128x128), of the release recipe and of each baseline's recipe, and of
-             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size; by turns, medians;
-             the release recipe also under torch.compile, and in torch's own memory layout in place of channels_last
-enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with random weights
-sizes        seconds that --mode enhance prints (start-up left out) and peak memory of its process, 0.1 to 24 megapixels
-scaling      training images a second of torchrun with 1 and 2 processes of one thread each, same total batch
-roofline     counted floating point operations a second of the release recipe, as a share of what large matrix products reach
+training     images a second of the published recipe (128x128), of the release recipe and of each
+baseline's recipe, and of
+             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size;
+             by turns, medians; the release recipe also under torch.compile, and in torch's own
+             memory layout in place of channels_last
+enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with
+random weights sizes        seconds that --mode enhance prints (start-up left out) and peak memory
+of its process, 0.1 to 24 megapixels scaling      training images a second of torchrun with 1 and 2
+processes of one thread each, same total batch roofline     counted floating point operations a
+second of the release recipe, as a share of what large matrix products reach
              here; by turns with the training
 
-Writes results/bench_*/: bench.csv, after every part, then bench.md and bench.png. On a machine with a GPU training,
-enhancement and roofline run on it; CUDA_VISIBLE_DEVICES= keeps them on the processor.
+Writes results/bench_*/: bench.csv, after every part, then bench.md and bench.png. On a machine with
+a GPU training, enhancement and roofline run on it; CUDA_VISIBLE_DEVICES= keeps them on the
+processor.
 """
 
 from __future__ import annotations
@@ -42,8 +47,9 @@ COMPILED, PLAIN = "torch.compile", "contiguous layout"
 SMALL = 128  # side of the published protocol's pictures
 Row = dict[str, Any]
 
-# CUDA is hidden: scaling is about the processor's cores. "1,1" (one thread, and one at a nested level) is 1 to OpenMP; the
-# script takes a plain 1 under several processes for torchrun's default, and widens it where there are cores to spare
+# CUDA is hidden: scaling is about the processor's cores. "1,1" (one thread, and one at a nested
+# level) is 1 to OpenMP; the script takes a plain 1 under several processes for torchrun's default,
+# and widens it where there are cores to spare
 ONE_THREAD = {"OMP_NUM_THREADS": "1,1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -63,7 +69,10 @@ def sizes(checkpoint: str, largest: float, folder: Path) -> list[Row]:
         common = ["--mode", "enhance", "--checkpoint", checkpoint, "--input", str(source)]
         done = run([*common, "--output", str(folder / "out.png")])
         seconds = float(done.output.split(" s on ")[0].split()[-1])
-        rows += [row("sizes", f"{megapixels:g}", seconds, "s"), row("sizes", f"{megapixels:g}", done.megabytes, "MiB")]
+        rows += [
+            row("sizes", f"{megapixels:g}", seconds, "s"),
+            row("sizes", f"{megapixels:g}", done.megabytes, "MiB"),
+        ]
     return rows
 
 
@@ -75,18 +84,45 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
     rows = []
     for count in (1, 2):
         weights = folder / f"scaling_{count}"
-        settings = dict(train_low_dir=folder / "low", train_high_dir=folder / "high", checkpoint_dir=weights, device="cpu")
-        settings |= dict(log_dir=folder / "logs", batch_size=4, max_minutes=5 * seconds / 60, num_epochs=10_000)
+        settings = dict(
+            train_low_dir=folder / "low",
+            train_high_dir=folder / "high",
+            checkpoint_dir=weights,
+            device="cpu",
+        )
+        settings |= dict(
+            log_dir=folder / "logs", batch_size=4, max_minutes=5 * seconds / 60, num_epochs=10_000
+        )
         settings |= dict(val_freq=10_000, save_freq=10_000)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", SCRIPT]
-        train = ["--mode", "train", "--config", str(ROOT / RELEASE), *(f"--set={k}={v}" for k, v in settings.items())]
-        done = subprocess.run([*launch, *train], env=os.environ | ONE_THREAD, capture_output=True, text=True)
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            SCRIPT,
+        ]
+        train = [
+            "--mode",
+            "train",
+            "--config",
+            str(ROOT / RELEASE),
+            *(f"--set={k}={v}" for k, v in settings.items()),
+        ]
+        done = subprocess.run(
+            [*launch, *train], env=os.environ | ONE_THREAD, capture_output=True, text=True
+        )
         if done.returncode or "(1 threads)" not in done.stdout:
-            sys.exit(f"scaling: {launch[-2]} did not train with one thread each\n{done.stdout}{done.stderr}")
+            sys.exit(
+                f"scaling: {launch[-2]} did not train with one thread"
+                f" each\n{done.stdout}{done.stderr}"
+            )
         (newest,) = weights.glob("checkpoint_epoch_*.pth")
         training = torch.load(newest, weights_only=True)["training"]
         speed = training["step"] * 4 / (60 * training["minutes"])
-        rows.append(row("scaling", f"{count} x 1 thread", speed, "images/s", "release recipe, batch 4"))
+        rows.append(
+            row("scaling", f"{count} x 1 thread", speed, "images/s", "release recipe, batch 4")
+        )
     return [*rows, row("scaling", "efficiency", rows[1]["value"] / rows[0]["value"] / 2, "of 1")]
 
 
@@ -102,17 +138,22 @@ def compiles() -> bool:
 
 
 def waiter(device: str) -> Callable[[], object]:
-    """What returns when the device has done all that it was given; a GPU's work is only launched when a call returns."""
+    """What returns when the device has done all that it was given; a GPU's work is only launched
+    when a call returns."""
     import torch
 
-    waits: dict[str, Callable[[], object]] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    waits: dict[str, Callable[[], object]] = {
+        "cuda": torch.cuda.synchronize,
+        "mps": torch.mps.synchronize,
+    }
     return waits.get(device, lambda: None)
 
 
 def by_turns(
     works: dict[str, Callable[[], object]], rounds: int, seconds: float, wait: Callable[[], object]
 ) -> dict[str, float]:
-    """Median seconds of one call of each and the `wait` after it, measured alternately; the first round warms up."""
+    """Median seconds of one call of each and the `wait` after it, measured alternately; the first
+    round warms up."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
@@ -127,7 +168,8 @@ def by_turns(
 
 
 def make_trainers(device: str, folder: Path) -> dict[str, Any]:
-    """A Trainer by label: each system's own recipe on small pictures, and the variants of the release recipe."""
+    """A Trainer by label: each system's own recipe on small pictures, and the variants of the
+    release recipe."""
     import torch
     from train_speed import trainer_on_noise
 
@@ -135,14 +177,25 @@ def make_trainers(device: str, folder: Path) -> dict[str, Any]:
 
     small = {"image_size": [SMALL, SMALL]}
     wanted: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {
-        f"{system}, {Path(recipe).stem}": (system, recipe, (SMALL, SMALL), small) for system, (*_, recipe) in SYSTEMS.items()
+        f"{system}, {Path(recipe).stem}": (system, recipe, (SMALL, SMALL), small)
+        for system, (*_, recipe) in SYSTEMS.items()
     }
-    wanted |= {label: ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {}) for label in (RELEASED, f"{RELEASED}, {PLAIN}")}
+    wanted |= {
+        label: ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {})
+        for label in (RELEASED, f"{RELEASED}, {PLAIN}")
+    }
     if compiles():
-        wanted[f"{RELEASED}, {COMPILED}"] = ("ConditionalFlow", RELEASE, (HEIGHT, WIDTH), {"compile": True})
+        wanted[f"{RELEASED}, {COMPILED}"] = (
+            "ConditionalFlow",
+            RELEASE,
+            (HEIGHT, WIDTH),
+            {"compile": True},
+        )
     made: dict[str, Any] = {}
     for place, (label, (system, recipe, size, changes)) in enumerate(wanted.items()):
-        trainer = made[label] = trainer_on_noise(recipe, size, folder / str(place), system, device=device, **changes)
+        trainer = made[label] = trainer_on_noise(
+            recipe, size, folder / str(place), system, device=device, **changes
+        )
         trainer.model.train()
         if label.endswith(PLAIN):
             trainer.model.to(memory_format=torch.contiguous_format)
@@ -150,21 +203,30 @@ def make_trainers(device: str, folder: Path) -> dict[str, Any]:
 
 
 def training(trainers: dict[str, Any], device: str, rounds: int, seconds: float) -> list[Row]:
-    """Images a second of every trainer and of the stand-in, and the roofline: all by turns, so that noise falls on all."""
+    """Images a second of every trainer and of the stand-in, and the roofline: all by turns, so that
+    noise falls on all."""
     import torch
     from train_speed import StandIn, first_batch, stand_in_step
 
     batches = {label: first_batch(trainer) for label, trainer in trainers.items()}
     works: dict[str, Callable[[], object]] = {
-        label: functools.partial(trainer._train_step, [(batches[label], 1.0)]) for label, trainer in trainers.items()
+        label: functools.partial(trainer._train_step, [(batches[label], 1.0)])
+        for label, trainer in trainers.items()
     }
     stand_in = StandIn().to(device)
     adam = torch.optim.Adam(stand_in.parameters(), 1e-4)
     for side in sorted({batch.low.shape[-1] for batch in batches.values()}):
         low = torch.rand(1, 3, side, side, device=device)
-        works[f"stand-in, {side}x{side}"] = functools.partial(stand_in_step, stand_in, adam, low, low)
+        works[f"stand-in, {side}x{side}"] = functools.partial(
+            stand_in_step, stand_in, adam, low, low
+        )
     products = matrix_products(device, trainers[RELEASED].runtime.dtype)
-    found = by_turns(works | {name: product for name, (product, _) in products.items()}, rounds, seconds, waiter(device))
+    found = by_turns(
+        works | {name: product for name, (product, _) in products.items()},
+        rounds,
+        seconds,
+        waiter(device),
+    )
     rows = []
     for label in works:
         if label not in batches:
@@ -179,7 +241,8 @@ def training(trainers: dict[str, Any], device: str, rounds: int, seconds: float)
 
 
 def matrix_products(device: str, used: Any) -> dict[str, tuple[Callable[[], object], float]]:
-    """By name, that of the precision `used` first: a product of two large matrices, and its GFLOP."""
+    """By name, that of the precision `used` first: a product of two large matrices, and its
+    GFLOP."""
     import torch
 
     side = 2048 if device == "cpu" else 8192  # as large as it takes to keep all units at work
@@ -192,7 +255,8 @@ def matrix_products(device: str, used: Any) -> dict[str, tuple[Callable[[], obje
 
 
 def roofline(step: Callable[[], object], seconds: float, rates: dict[str, float]) -> list[Row]:
-    """How near a training step that takes `seconds` comes to the first of the `rates`, in GFLOP a second."""
+    """How near a training step that takes `seconds` comes to the first of the `rates`, in GFLOP a
+    second."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -200,8 +264,19 @@ def roofline(step: Callable[[], object], seconds: float, rates: dict[str, float]
     work = counter.get_total_flops() / 1e9
     peak = next(iter(rates))
     rows = [row("roofline", name, rate, "GFLOP/s") for name, rate in rates.items()]
-    rows.append(row("roofline", "release training step", work / seconds, "GFLOP/s", f"{work:.0f} GFLOP a step"))
-    return [*rows, row("roofline", "utilisation", work / seconds / rates[peak], "of 1", f"of the {peak}")]
+    rows.append(
+        row(
+            "roofline",
+            "release training step",
+            work / seconds,
+            "GFLOP/s",
+            f"{work:.0f} GFLOP a step",
+        )
+    )
+    return [
+        *rows,
+        row("roofline", "utilisation", work / seconds / rates[peak], "of 1", f"of the {peak}"),
+    ]
 
 
 def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: int) -> list[Row]:
@@ -213,7 +288,9 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = ms.to_tensor(pixels)[None].to(device)
-    model, config, runtime, _ = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config)
+    model, config, runtime, _ = ms.load_model(
+        checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config
+    )
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:
@@ -232,7 +309,10 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
         if not label.startswith("ConditionalFlow"):
             works[label.split(",")[0]] = passes(trainer.averaged.eval().enhance)
     found = by_turns(works, rounds, 0, waiter(device))
-    return [row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}") for label, each in found.items()]
+    return [
+        row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}")
+        for label, each in found.items()
+    ]
 
 
 def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
@@ -261,32 +341,46 @@ def plot(rows: list[Row], path: Path) -> None:
     bars.set(xscale="log", xlabel="training images/s")
     for unit, colour in (("s", "tab:blue"), ("MiB", "tab:orange")):
         axis = curves if unit == "s" else curves.twinx()
-        points = [(float(r["name"]), r["value"]) for r in rows if r["part"] == "sizes" and r["unit"] == unit]
+        points = [
+            (float(r["name"]), r["value"])
+            for r in rows
+            if r["part"] == "sizes" and r["unit"] == unit
+        ]
         axis.plot(*zip(*points, strict=True), "o-", color=colour)
         axis.set_ylabel("seconds" if unit == "s" else "peak MiB", color=colour)
-    curves.set(xlabel="megapixels; seconds without start-up, memory of the whole process", xscale="log", yscale="log")
+    curves.set(
+        xlabel="megapixels; seconds without start-up, memory of the whole process",
+        xscale="log",
+        yscale="log",
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Measure all parts, print them and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of one turn")
     parser.add_argument("--largest", type=float, default=24, help="megapixels")
-    parser.add_argument("--results", default=str(ROOT / "results"), help="where the folder bench_* goes")
+    parser.add_argument(
+        "--results", default=str(ROOT / "results"), help="where the folder bench_* goes"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
     target: Path | None = None
     with tempfile.TemporaryDirectory() as name:
         for part in measured(arguments, Path(name)):
-            import model_script as ms  # with torch, whose memory the processes of the first part must not be born with
+            # with torch, whose memory the processes of the first part must not be born with
+            import model_script as ms
 
             target = target or ms.results_folder(arguments.results, "bench")
             rows += part
-            ms.write_csv(target / "bench.csv", rows)  # what is known is kept, whatever comes of the next part
+            # what is known is kept, whatever comes of the next part
+            ms.write_csv(target / "bench.csv", rows)
     assert target
     lines = ["| part | what | value | unit | note |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(str(value) for value in r.values()) + " |" for r in rows]

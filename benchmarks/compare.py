@@ -1,15 +1,18 @@
 """One table for every system: the same data, budget, machine and evaluator.
 
-    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] [--only SYSTEM ...] [--set KEY=VALUE ...]
+    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] [--only SYSTEM ...]
+    [--set KEY=VALUE ...]
 
-Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and AnlightenDiff (baselines/), and
-two floors without training, gamma 0.4 and histogram equalisation as scikit-image does them. A system without --weights is
-trained for --minutes by its own CPU recipe. Every one is scored on the evaluation pairs by `score_pairs`, at 128x128
-unless --set eval_size says otherwise; --set reaches every system's config (data folders, device, ...).
+Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and
+AnlightenDiff (baselines/), and two floors without training, gamma 0.4 and histogram equalisation as
+scikit-image does them. A system without --weights is trained for --minutes by its own CPU recipe.
+Every one is scored on the evaluation pairs by `score_pairs`, at 128x128 unless --set eval_size says
+otherwise; --set reaches every system's config (data folders, device, ...).
 
-Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene, the trained weights.
-Seconds are what `--mode enhance` reports for one 600x400 picture, reading and writing included, the median of three
-processes; MiB is the largest of their peak memories, with what they took of a GPU.
+Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene,
+the trained weights. Seconds are what `--mode enhance` reports for one 600x400 picture, reading and
+writing included, the median of three processes; MiB is the largest of their peak memories, with
+what they took of a GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +38,17 @@ from torch import Tensor  # noqa: E402
 import model_script as ms  # noqa: E402
 from baselines import SYSTEMS, classes  # noqa: E402
 
-GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")  # by --minutes and the results folder
-METRICS = ("psnr", "ssim", "ciede2000", "psnr_gt_mean", "ssim_grey_gt_mean", "lpips", "bits_per_dim")
+# by --minutes and the results folder
+GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")
+METRICS = (
+    "psnr",
+    "ssim",
+    "ciede2000",
+    "psnr_gt_mean",
+    "ssim_grey_gt_mean",
+    "lpips",
+    "bits_per_dim",
+)
 
 
 class Floor(ms.System):
@@ -51,7 +63,10 @@ class Floor(ms.System):
         if self.name == "gamma 0.4":
             image = skimage.exposure.adjust_gamma(image, 0.4)
         else:  # each channel by itself: that takes the infrared tint away, too
-            image = np.stack([skimage.exposure.equalize_hist(channel) for channel in image.transpose(2, 0, 1)], axis=-1)
+            image = np.stack(
+                [skimage.exposure.equalize_hist(channel) for channel in image.transpose(2, 0, 1)],
+                axis=-1,
+            )
         return torch.from_numpy(image).permute(2, 0, 1)[None].float()
 
 
@@ -65,37 +80,58 @@ class Task(NamedTuple):
     base: ms.Config
 
 
-def read_command_line(description: str | None, minutes: float, systems: dict[str, str], **settings: Any) -> Task:
-    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE, where `systems` says whose weights NAME's are.
+def read_command_line(
+    description: str | None, minutes: float, systems: dict[str, str], **settings: Any
+) -> Task:
+    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE, where `systems` says whose
+    weights NAME's are.
 
     Raises UserError, before hours of training, for what will not do.
     """
-    parser = ms.OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ms.OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=minutes, help="training of each")
-    parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE", help="do not train this one")
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE", help="do not train this one"
+    )
     parser.add_argument("--only", action="append", choices=systems, help="default: all")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all of them")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for all of them"
+    )
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
         raise ms.UserError(f"--minutes must be above 0, got {arguments.minutes:g}")
-    overrides = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
+    overrides = ms.typed_settings(
+        ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
+    )
     for key in GIVEN:
         if key in overrides:
-            raise ms.UserError(f"--set {key}: --minutes and results_dir say that here; leave it out")
+            raise ms.UserError(
+                f"--set {key}: --minutes and results_dir say that here; leave it out"
+            )
     base = ms.apply_settings(ms.Config(), settings | overrides, "--set")
     weights = {}
     for name, _, path in (text.partition("=") for text in arguments.weights):
         if name not in systems:
-            raise ms.UserError(f"--weights {name}={path}: write NAME=FILE with one of the names {'; '.join(systems)}")
+            raise ms.UserError(
+                f"--weights {name}={path}: write NAME=FILE with one of the names"
+                f" {'; '.join(systems)}"
+            )
         ms.check_system(ms.load_checkpoint(path), path, classes(systems[name])[0])
         weights[name] = Path(path)
     return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, base)
 
 
 def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
-    """The best weights of a run by the system's own recipe, the task's settings and the `changes`. Ctrl-C ends it all."""
+    """The best weights of a run by the system's own recipe, the task's settings and the `changes`.
+    Ctrl-C ends it all."""
     model_class, config_class = classes(system)
-    settings = ms.read_config_file(str(ROOT / SYSTEMS[system][3])) | {"device": task.base.device} | task.overrides
+    settings = (
+        ms.read_config_file(str(ROOT / SYSTEMS[system][3]))
+        | {"device": task.base.device}
+        | task.overrides
+    )
     settings |= {"max_minutes": task.minutes, "num_epochs": 100_000, **(changes or {})}
     settings |= {"checkpoint_dir": str(folder), "log_dir": str(folder / "logs")}
     status = ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class).fit()
@@ -105,28 +141,53 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
 
 
 def training_speed(weights: Path) -> float:
-    """Training images a second, as the newest checkpoint beside the weights tells; nan where none is."""
-    checkpoints = sorted(weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime)
+    """Training images a second, as the newest checkpoint beside the weights tells; nan where none
+    is."""
+    checkpoints = sorted(
+        weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime
+    )
     if not checkpoints:
         return float("nan")
     newest = ms.load_checkpoint(str(checkpoints[-1]))
-    return newest["training"]["step"] * newest["config"]["batch_size"] / (60 * newest["training"]["minutes"])
+    return (
+        newest["training"]["step"]
+        * newest["config"]["batch_size"]
+        / (60 * newest["training"]["minutes"])
+    )
 
 
 def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]:
     """(seconds, peak MiB) of enhancing one 600x400 picture in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         low = Path(name) / "low.png"
-        Image.fromarray(np.random.default_rng(0).integers(0, 40, (400, 600, 3), dtype=np.uint8)).save(low)
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 40, (400, 600, 3), dtype=np.uint8)
+        ).save(low)
         code = "import resource, sys, torch; from {0} import *; import model_script as ms; "
-        code += "status = ms.main(sys.argv[1:], {1}, {2}); gpu = torch.cuda.max_memory_allocated(); "
-        code += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gpu); sys.exit(status)"
-        arguments = ["--mode", "enhance", "--checkpoint", str(weights.resolve()), "--input", str(low)]
+        code += (
+            "status = ms.main(sys.argv[1:], {1}, {2}); gpu = torch.cuda.max_memory_allocated(); "
+        )
+        code += (
+            "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gpu);"
+            " sys.exit(status)"
+        )
+        arguments = [
+            "--mode",
+            "enhance",
+            "--checkpoint",
+            str(weights.resolve()),
+            "--input",
+            str(low),
+        ]
         arguments += ["--output", f"{name}/out.png", "--set", f"device={device}"]
         command = ["-c", code.format(*SYSTEMS[system][:3]), *arguments]
-        # as a shell's child: a process counts at birth the memory of the one that forked it, which holds torch here
+        # as a shell's child: a process counts at birth the memory of the one that forked it, which
+        # holds torch here
         done = subprocess.run(
-            ["/bin/sh", "-c", '"$0" "$@"; exit $?', sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+            ["/bin/sh", "-c", '"$0" "$@"; exit $?', sys.executable, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
     if done.returncode:
         sys.exit(f"{system}: {done.stderr}")
@@ -136,7 +197,11 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
 
 
 def score(
-    model: ms.System, config: ms.Config, runtime: ms.Runtime, store: ms.PairStore, twins: list[bool | None]
+    model: ms.System,
+    config: ms.Config,
+    runtime: ms.Runtime,
+    store: ms.PairStore,
+    twins: list[bool | None],
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(mean metrics, low, enhanced and high pictures by name)."""
     rows, low, enhanced, high = [], {}, {}, {}
@@ -145,15 +210,29 @@ def score(
         rows.append(scored.row)
         low[name], enhanced[name], high[name] = scored.low, scored.enhanced, scored.high
     fresh = [row for row in rows if not row["twin_in_training"]] or rows
-    means = {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS if metric in rows[0]}
-    return means | {"psnr_no_twin": float(np.mean([row["psnr"] for row in fresh]))}, low, enhanced, high
+    means = {
+        metric: float(np.mean([row[metric] for row in rows]))
+        for metric in METRICS
+        if metric in rows[0]
+    }
+    return (
+        means | {"psnr_no_twin": float(np.mean([row["psnr"] for row in fresh]))},
+        low,
+        enhanced,
+        high,
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows)]) + "\n"
+    return (
+        "\n".join(
+            [*lines, *("| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows)]
+        )
+        + "\n"
+    )
 
 
 def compare(task: Task) -> None:
@@ -168,25 +247,43 @@ def compare(task: Task) -> None:
         if system not in weights:
             weights[system] = train(system, task, folder / "weights" / system)
         settings = task.overrides | {"eval_size": base.eval_size}
-        model, config, runtime, checkpoint = ms.load_model(str(weights[system]), settings, *classes(system))
+        model, config, runtime, checkpoint = ms.load_model(
+            str(weights[system]), settings, *classes(system)
+        )
         twins = ms.training_twins(store, checkpoint)
         means, low, shown[system], high = score(model, config, runtime, store, twins)
         costs = [enhance_cost(system, weights[system], base.device) for _ in range(3)]
-        seconds, memory = statistics.median(cost[0] for cost in costs), max(cost[1] for cost in costs)
+        seconds, memory = (
+            statistics.median(cost[0] for cost in costs),
+            max(cost[1] for cost in costs),
+        )
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        rows.append({"system": system, **{k: round(v, 4) for k, v in means.items()}, "parameters_M": round(size, 2)})
+        rows.append(
+            {
+                "system": system,
+                **{k: round(v, 4) for k, v in means.items()},
+                "parameters_M": round(size, 2),
+            }
+        )
         speed = training_speed(weights[system])
-        rows[-1] |= {"train_images_per_s": round(speed, 2), "seconds_600x400": seconds, "MiB_600x400": round(memory)}
+        rows[-1] |= {
+            "train_images_per_s": round(speed, 2),
+            "seconds_600x400": seconds,
+            "MiB_600x400": round(memory),
+        }
         print(rows[-1], flush=True)
         ms.write_csv(folder / "comparison.csv", rows)
     for name in ("gamma 0.4", "histogram equalisation"):
-        means, low, shown[name], high = score(Floor(name, base), base, ms.choose_runtime(base), store, twins)
+        means, low, shown[name], high = score(
+            Floor(name, base), base, ms.choose_runtime(base), store, twins
+        )
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]
     for name in high:
         strip = ms.triptych(
-            [low[name], *(pictures[name] for pictures in shown.values()), high[name]], ["input", *shown, "target"]
+            [low[name], *(pictures[name] for pictures in shown.values()), high[name]],
+            ["input", *shown, "target"],
         )
         ms.write_image(folder / "strips" / f"{name}.png", strip)
     ms.write_csv(folder / "comparison.csv", rows)
@@ -199,7 +296,9 @@ def compare(task: Task) -> None:
 def main() -> int:
     """The comparison that the command line asks for; returns the exit status."""
     try:
-        compare(read_command_line(__doc__, 20, {name: name for name in SYSTEMS}, eval_size="128,128"))
+        compare(
+            read_command_line(__doc__, 20, {name: name for name in SYSTEMS}, eval_size="128,128")
+        )
     except ms.UserError as error:
         return ms.complain(error)
     return 0

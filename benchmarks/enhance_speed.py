@@ -1,12 +1,16 @@
-"""What enhancement costs: seconds and memory from 0.1 to 24 megapixels, a folder run, the start, the published layer sizes.
+"""What enhancement costs: seconds and memory from 0.1 to 24 megapixels, a folder run, the start,
+the published layer sizes.
 
-    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] [--set KEY=VALUE ...]
+    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] [--set
+    KEY=VALUE ...]
 
-megapixels   one process of the real command line for each size: the seconds it prints (reading, enhancing, writing a
+megapixels   one process of the real command line for each size: the seconds it prints (reading,
+enhancing, writing a
              PNG) and its peak resident memory
-folder       median seconds a picture over a folder of 600x400 pictures, from its enhance.csv, the first left out
-start        seconds of a whole process that enhances one 600x400 picture
-stand-in     the deterministic pass of a model with the published layer sizes (see train_speed.py) at 600x400, by turns
+folder       median seconds a picture over a folder of 600x400 pictures, from its enhance.csv, the
+first left out start        seconds of a whole process that enhances one 600x400 picture stand-in
+the deterministic pass of a model with the published layer sizes (see train_speed.py) at 600x400, by
+turns
              with ours in one process, so that other load falls on both
 
 Pictures are generated: smooth colours, dark, with noise. Needs a POSIX system.
@@ -49,7 +53,11 @@ def scaling(common: list[str], folder: Path, largest: float) -> None:
         done = run([*common, "--input", str(source), "--output", str(folder / "out.png")])
         seconds = float(done.output.split(" s on ")[0].split()[-1])
         size = f"{round(1.5 * height)}x{height}"
-        print(f"{megapixels:10g} {size:>9} {seconds:8.2f} {seconds / megapixels:18.2f} {done.megabytes:9.0f}", flush=True)
+        print(
+            f"{megapixels:10g} {size:>9} {seconds:8.2f} {seconds / megapixels:18.2f}"
+            f" {done.megabytes:9.0f}",
+            flush=True,
+        )
 
 
 def folder_run(common: list[str], folder: Path, count: int = 20) -> None:
@@ -60,13 +68,29 @@ def folder_run(common: list[str], folder: Path, count: int = 20) -> None:
     run([*common, "--input", str(folder / "many"), "--output", str(folder / "done")])
     with open(folder / "done" / "enhance.csv", newline="", encoding="utf-8") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
-    print(f"folder of {count} at {WIDTH}x{HEIGHT}: median {statistics.median(seconds[1:]):.3f} s a picture", flush=True)
+    print(
+        f"folder of {count} at {WIDTH}x{HEIGHT}: median {statistics.median(seconds[1:]):.3f} s a"
+        " picture",
+        flush=True,
+    )
     whole = []
     for _ in range(3):
         started = time.perf_counter()
-        run([*common, "--input", str(folder / "many" / "0.png"), "--output", str(folder / "first.png")])
+        run(
+            [
+                *common,
+                "--input",
+                str(folder / "many" / "0.png"),
+                "--output",
+                str(folder / "first.png"),
+            ]
+        )
         whole.append(time.perf_counter() - started)
-    print(f"start to first enhanced {WIDTH}x{HEIGHT} picture, process included: {statistics.median(whole):.2f} s", flush=True)
+    print(
+        f"start to first enhanced {WIDTH}x{HEIGHT} picture, process included:"
+        f" {statistics.median(whole):.2f} s",
+        flush=True,
+    )
 
 
 def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> None:
@@ -94,23 +118,38 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
         ours.append(timed(lambda: ms.enhance_pixels(model, pixels, config, runtime)))
         theirs.append(timed(lambda: stand_in.enhance(low)))
         if turn:  # the first warms both up
-            print(f"round {turn}: ours {ours[-1]:.3f} s ({runtime}), stand-in {theirs[-1]:.2f} s", flush=True)
+            print(
+                f"round {turn}: ours {ours[-1]:.3f} s ({runtime}), stand-in {theirs[-1]:.2f} s",
+                flush=True,
+            )
     ratio = statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True))
-    print(f"median: ours {statistics.median(ours[1:]):.3f} s, stand-in {statistics.median(theirs[1:]):.2f} s, {ratio:.1f}x")
+    print(
+        f"median: ours {statistics.median(ours[1:]):.3f} s, stand-in"
+        f" {statistics.median(theirs[1:]):.2f} s, {ratio:.1f}x"
+    )
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
     parser.add_argument("--largest", type=float, default=24, help="megapixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    common = ["--mode", "enhance", "--checkpoint", arguments.checkpoint, *(f"--set={text}" for text in arguments.set)]
+    common = [
+        "--mode",
+        "enhance",
+        "--checkpoint",
+        arguments.checkpoint,
+        *(f"--set={text}" for text in arguments.set),
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder_run(common, Path(name))
-        scaling(common, Path(name), arguments.largest)  # before torch is here: a child counts its parent's memory at birth
+        # before torch is here: a child counts its parent's memory at birth
+        scaling(common, Path(name), arguments.largest)
         against_stand_in(arguments.checkpoint, arguments.set, arguments.rounds)
 
 

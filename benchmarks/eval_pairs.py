@@ -1,4 +1,5 @@
-"""What the benchmarks on evaluation pairs share: their arguments, the model, and the pairs one after the other."""
+"""What the benchmarks on evaluation pairs share: their arguments, the model, and the pairs one
+after the other."""
 
 from __future__ import annotations
 
@@ -33,14 +34,21 @@ class Bench(NamedTuple):
 
 
 def open_bench(description: str | None) -> Bench:
-    """Reads --checkpoint and --set from the command line; eval_low_dir, eval_high_dir and scenes name the pairs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads --checkpoint and --set from the command line; eval_low_dir, eval_high_dir and scenes
+    name the pairs."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(ms.RELEASE))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        settings = ms.typed_settings(ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set")
-        model, config, runtime, _ = ms.load_model(arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config)
+        settings = ms.typed_settings(
+            ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
+        )
+        model, config, runtime, _ = ms.load_model(
+            arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
+        )
         store = ms.PairStore(ms.evaluation_pairs(config), config)
     except ms.UserError as error:
         sys.exit(ms.complain(error))

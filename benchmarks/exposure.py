@@ -1,13 +1,16 @@
-"""Which exposure control is the better one? Three ways to bring a result to the target's mean brightness.
+"""Which exposure control is the better one? Three ways to bring a result to the target's mean
+brightness.
 
-    python benchmarks/exposure.py [--checkpoint FILE] [--set eval_low_dir=... --set eval_high_dir=...]
+    python benchmarks/exposure.py [--checkpoint FILE] [--set eval_low_dir=... --set
+    eval_high_dir=...]
 
 none     the model's own brightness
 gain     values multiplied, as the literature's GT-mean does
 light    gain in linear light, what `--set exposure` and `--set reference` apply
 model    the prior mean shifted by one number in the flow's space before decoding
 
-Each is set, picture by picture, to the target's mean: help from the ground truth, for comparison only.
+Each is set, picture by picture, to the target's mean: help from the ground truth, for comparison
+only.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ import model_script as ms
 
 @torch.no_grad()
 def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
-    """Decoded from the prior mean plus the shift at which the picture has the mean brightness `mean`, by bisection."""
+    """Decoded from the prior mean plus the shift at which the picture has the mean brightness
+    `mean`, by bisection."""
     height, width = low.shape[:2]
     with bench.runtime.autocast():
         condition = bench.model._condition_whole(batch(low, bench))
         down, up = -4.0, 4.0
         for _ in range(12):
             shift = (down + up) / 2
-            picture = bench.model.decode(condition.prior_mean + shift, condition)[0, :, :height, :width].float()
+            picture = bench.model.decode(condition.prior_mean + shift, condition)[
+                0, :, :height, :width
+            ].float()
             down, up = (shift, up) if float(picture.mean()) < mean else (down, shift)
     return picture.permute(1, 2, 0).double().cpu().numpy()
 
@@ -45,7 +51,11 @@ def main() -> None:
         ways["model"] = through_the_model(bench, low, target.mean())
         for name, picture in ways.items():
             picture = picture.clip(0, 1)
-            score = ms.psnr_of(picture, target), ms.ssim_of(picture, target), ms.ciede2000_of(picture, target)
+            score = (
+                ms.psnr_of(picture, target),
+                ms.ssim_of(picture, target),
+                ms.ciede2000_of(picture, target),
+            )
             scores.setdefault(name, []).append(score)
     print("way     PSNR    SSIM  CIEDE2000")
     for name, rows in scores.items():

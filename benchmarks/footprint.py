@@ -1,15 +1,19 @@
-"""What the command line costs: memory, seconds an enhancement takes, and seconds until it says something.
+"""What the command line costs: memory, seconds an enhancement takes, and seconds until it says
+something.
 
     python benchmarks/footprint.py [--pairs 236] [--minutes 0.3] [--checkpoint FILE] [--repeats 5]
 
-Every number is of a process of the real command line, on generated 600x400 pairs in a temporary folder:
-training     peak resident memory of the published recipe (cpu_train_config.json), stopped after --minutes
-enhancement  the seconds that it prints itself, and its peak resident memory, for one 600x400 picture; without
-             --checkpoint the weights that the training above left behind are used (flow_channels 96, 2 blocks)
-start-up     seconds from process start to the first byte on a terminal and in a pipe, where output is held back
+Every number is of a process of the real command line, on generated 600x400 pairs in a temporary
+folder: training     peak resident memory of the published recipe (cpu_train_config.json), stopped
+after --minutes enhancement  the seconds that it prints itself, and its peak resident memory, for
+one 600x400 picture; without
+             --checkpoint the weights that the training above left behind are used (flow_channels
+             96, 2 blocks)
+start-up     seconds from process start to the first byte on a terminal and in a pipe, where output
+is held back
 
-Memory is ru_maxrss of that process alone. A child counts its parent's memory at birth, so this script keeps small and
-imports no torch. Needs a POSIX system.
+Memory is ru_maxrss of that process alone. A child counts its parent's memory at birth, so this
+script keeps small and imports no torch. Needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ class Finished(NamedTuple):
 
 
 def write_pairs(folder: Path, count: int) -> None:
-    """Smooth pictures without noise, each its own scene: a coarse random grid, and the same a twelfth as bright."""
+    """Smooth pictures without noise, each its own scene: a coarse random grid, and the same a
+    twelfth as bright."""
     rng = np.random.default_rng(0)
     for kind in ("low", "high"):
         (folder / kind).mkdir()
@@ -60,9 +65,12 @@ def write_pairs(folder: Path, count: int) -> None:
 
 
 def run(arguments: Sequence[str]) -> Finished:
-    """Run the command line to its end in a process of its own; wait4 tells that process's memory from all others'."""
+    """Run the command line to its end in a process of its own; wait4 tells that process's memory
+    from all others'."""
     with tempfile.TemporaryFile("w+") as stream:
-        process = subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments], stdout=stream, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         stream.seek(0)
@@ -73,13 +81,18 @@ def run(arguments: Sequence[str]) -> Finished:
 
 
 def first_byte(arguments: Sequence[str], terminal: bool) -> tuple[float, str]:
-    """(seconds, beginning of the text) until the process says anything; it is stopped right after."""
+    """(seconds, beginning of the text) until the process says anything; it is stopped right
+    after."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:  # a new one has no columns, in which no progress bar shows
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments], stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, close_fds=True
+        [sys.executable, SCRIPT, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=writer,
+        stderr=writer,
+        close_fds=True,
     )
     os.close(writer)
     try:
@@ -101,8 +114,12 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=236, help="generated training pairs, at least 2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=236, help="generated training pairs, at least 2"
+    )
     parser.add_argument("--minutes", type=float, default=0.3, help="training time")
     parser.add_argument("--checkpoint", help="weights to enhance with")
     parser.add_argument("--repeats", type=int, default=5, help="runs behind each median")
@@ -110,21 +127,48 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs(folder, arguments.pairs)
-        settings = dict(train_low_dir=folder / "low", train_high_dir=folder / "high", max_minutes=arguments.minutes)
+        settings = dict(
+            train_low_dir=folder / "low",
+            train_high_dir=folder / "high",
+            max_minutes=arguments.minutes,
+        )
         settings |= dict(checkpoint_dir=folder / "weights", log_dir=folder / "logs")
-        train = ["--mode", "train", "--config", RECIPE, *(f"--set={key}={value}" for key, value in settings.items())]
+        train = [
+            "--mode",
+            "train",
+            "--config",
+            RECIPE,
+            *(f"--set={key}={value}" for key, value in settings.items()),
+        ]
         weights = arguments.checkpoint or str(folder / "weights" / "best_model.pth")
-        enhance = ["--mode", "enhance", "--checkpoint", weights, "--output", str(folder / "out.png")]
+        enhance = [
+            "--mode",
+            "enhance",
+            "--checkpoint",
+            weights,
+            "--output",
+            str(folder / "out.png"),
+        ]
         enhance += ["--input", str(folder / "low" / "0.png")]
 
         training = run(train)
-        print_table([(f"training, {arguments.pairs} pairs, {arguments.minutes:g} min", f"{training.megabytes:.0f} MiB peak")])
+        print_table(
+            [
+                (
+                    f"training, {arguments.pairs} pairs, {arguments.minutes:g} min",
+                    f"{training.megabytes:.0f} MiB peak",
+                )
+            ]
+        )
         runs = [run(enhance) for _ in range(arguments.repeats)]
         seconds = [float(re.findall(r"([\d.]+) s on ", finished.output)[0]) for finished in runs]
         print_table(
             [
                 (f"enhance {WIDTH}x{HEIGHT}, printed", f"{statistics.median(seconds):.2f} s"),
-                (f"enhance {WIDTH}x{HEIGHT}, memory", f"{max(finished.megabytes for finished in runs):.0f} MiB peak"),
+                (
+                    f"enhance {WIDTH}x{HEIGHT}, memory",
+                    f"{max(finished.megabytes for finished in runs):.0f} MiB peak",
+                ),
             ]
         )
         wrong = ["--mode", "train", "--config", RECIPE, "--set", "batch_size=0"]

@@ -1,8 +1,11 @@
-"""Does the likelihood know which input belongs to a target? Bits per dimension under the right `low` and under a wrong one.
+"""Does the likelihood know which input belongs to a target? Bits per dimension under the right
+`low` and under a wrong one.
 
-    python benchmarks/likelihood.py [--checkpoint FILE] [--set eval_low_dir=... --set eval_high_dir=...]
+    python benchmarks/likelihood.py [--checkpoint FILE] [--set eval_low_dir=... --set
+    eval_high_dir=...]
 
-Every evaluation target is coded twice, given its own input and given the input of the pair half-way round the list.
+Every evaluation target is coded twice, given its own input and given the input of the pair half-way
+round the list.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ def main() -> None:
     pairs = list(bench.pairs())
     bits = []
     for index, (_, low, high) in enumerate(pairs):
-        wrong = ms.resize(batch(pairs[(index + len(pairs) // 2) % len(pairs)][1], bench), high.shape[:2])
+        wrong = ms.resize(
+            batch(pairs[(index + len(pairs) // 2) % len(pairs)][1], bench), high.shape[:2]
+        )
         torch.manual_seed(bench.config.seed)
         with bench.runtime.autocast():
             right_bits = bench.model.likelihood(batch(high, bench), batch(low, bench))[0]
@@ -30,8 +35,14 @@ def main() -> None:
             wrong_bits = bench.model.likelihood(batch(high, bench), wrong)[0]
         bits.append((float(right_bits), float(wrong_bits)))
     right, wrong = np.array(bits).T
-    print(f"{len(bits)} pairs, bits per dimension: right low {right.mean():.3f}, wrong low {wrong.mean():.3f}")
-    print(f"the right one is lower on {100 * (right < wrong).mean():.1f} % of pairs; least margin {(wrong - right).min():.3f}")
+    print(
+        f"{len(bits)} pairs, bits per dimension: right low {right.mean():.3f}, wrong low"
+        f" {wrong.mean():.3f}"
+    )
+    print(
+        f"the right one is lower on {100 * (right < wrong).mean():.1f} % of pairs; least margin"
+        f" {(wrong - right).min():.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What holds a model back: training against validation pairs, and how much of the error is coarse, fine or noise.
+"""What holds a model back: training against validation pairs, and how much of the error is coarse,
+fine or noise.
 
     python benchmarks/limits.py [--checkpoint FILE] [--every 4] [--set KEY=VALUE ...]
 
-Scores every --every-th training pair and all validation pairs of the split that the weights were trained with, whole and at
-native size; then the validation outputs blurred, sharpened, and with all that is coarser than a Gaussian taken from the
-target. Data: train_low_dir and train_high_dir. Evaluation pictures play no part.
+Scores every --every-th training pair and all validation pairs of the split that the weights were
+trained with, whole and at native size; then the validation outputs blurred, sharpened, and with all
+that is coarser than a Gaussian taken from the target. Data: train_low_dir and train_high_dir.
+Evaluation pictures play no part.
 """
 
 from __future__ import annotations
@@ -32,24 +34,39 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
 def altered(enhanced: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
     """The output by what was done to it."""
     made = {f"blurred, sigma {sigma}": blurred(enhanced, sigma) for sigma in (0.5, 1.0)}
-    made |= {f"sharpened by {share}": enhanced + share * (enhanced - blurred(enhanced, 1.0)) for share in (0.3, 0.6)}
-    coarse = {sigma: enhanced - blurred(enhanced, sigma) + blurred(high, sigma) for sigma in (2, 8, 32)}
-    return made | {f"coarser than sigma {sigma} from the target": image for sigma, image in coarse.items()}
+    made |= {
+        f"sharpened by {share}": enhanced + share * (enhanced - blurred(enhanced, 1.0))
+        for share in (0.3, 0.6)
+    }
+    coarse = {
+        sigma: enhanced - blurred(enhanced, sigma) + blurred(high, sigma) for sigma in (2, 8, 32)
+    }
+    return made | {
+        f"coarser than sigma {sigma} from the target": image for sigma, image in coarse.items()
+    }
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print a line for each kind of picture: pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the brightness ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a line for each kind of picture: pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the
+    brightness ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(ms.RELEASE))
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     settings = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    model, config, runtime, _ = ms.load_model(arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config)
+    model, config, runtime, _ = ms.load_model(
+        arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
+    )
     store, training, held_out, validation = ms.training_data(config)
     rows = defaultdict(list)
-    for kind, pairs, chosen in (("training", store, training[:: arguments.every]), ("validation", held_out, validation)):
+    for kind, pairs, chosen in (
+        ("training", store, training[:: arguments.every]),
+        ("validation", held_out, validation),
+    ):
         for index in chosen:
             low, high = (ms.to_tensor(pixels) for pixels in pairs[index])
             with runtime.autocast():
@@ -60,10 +77,15 @@ def main() -> None:
                 picture = picture.clip(0, 1)
                 stops = abs(np.log2((picture @ ms.GREY).mean() / (target @ ms.GREY).mean()))
                 helped = ms.psnr_of(ms.match_mean(picture, target), target)
-                rows[name].append((ms.psnr_of(picture, target), ms.ssim_of(picture, target), helped, stops))
+                rows[name].append(
+                    (ms.psnr_of(picture, target), ms.ssim_of(picture, target), helped, stops)
+                )
     for name, scores in rows.items():
         psnr, ssim, helped, stops = np.mean(scores, axis=0)
-        print(f"{name:42} {len(scores):3} pairs  {psnr:.2f} dB  SSIM {ssim:.3f}  GT-mean {helped:.2f} dB  {stops:.3f} stops")
+        print(
+            f"{name:42} {len(scores):3} pairs  {psnr:.2f} dB  SSIM {ssim:.3f}  GT-mean {helped:.2f}"
+            f" dB  {stops:.3f} stops"
+        )
 
 
 if __name__ == "__main__":

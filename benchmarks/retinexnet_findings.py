@@ -1,17 +1,20 @@
-"""Two findings of a student project on RetinexNet, put to the test: white images from joint training, noise in plain zones.
+"""Two findings of a student project on RetinexNet, put to the test: white images from joint
+training, noise in plain zones.
 
-    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] [--only VARIANT ...] [--set KEY=VALUE ...]
+    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] [--only VARIANT
+    ...] [--set KEY=VALUE ...]
 
-Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation pairs:
-psnr, ssim         of the enhanced picture at 128x128
-best light         PSNR with the best illumination there is for that reflectance, by least squares at each pixel, in place of
+Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation
+pairs: psnr, ssim         of the enhanced picture at 128x128 best light         PSNR with the best
+illumination there is for that reflectance, by least squares at each pixel, in place of
                    Enhance-Net's: what is missing then is the reflectance's colour
-relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white images" would be near 1
-white              share of the enhanced pixels whose three channels all exceed 0.9; the target's share stands beside it
-plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the target, at the pictures'
+relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white
+images" would be near 1 white              share of the enhanced pixels whose three channels all
+exceed 0.9; the target's share stands beside it plain noise        deviation of what a Gaussian of 2
+pixels removes, over the flattest fifth of the target, at the pictures'
                    own size, over the target's own
-Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced | target of every tenth
-scene and variant, and the trained weights.
+Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced
+| target of every tenth scene and variant, and the trained weights.
 """
 
 from __future__ import annotations
@@ -53,15 +56,22 @@ def white_share(image: np.ndarray) -> float:
     return float((image.min(2) > 0.9).mean())
 
 
-def findings(model: ms.System, low: torch.Tensor, high: torch.Tensor) -> tuple[dict[str, float], list[torch.Tensor]]:
+def findings(
+    model: ms.System, low: torch.Tensor, high: torch.Tensor
+) -> tuple[dict[str, float], list[torch.Tensor]]:
     """(The figures of one pair (1, 3, H, W), the pictures of its strip.)"""
     small_low, small_high = (ms.resize(image, (128, 128), quantise=True) for image in (low, high))
     maps, enhanced = model.pictures(low), model.enhance(low)
     ours, target = (image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, high))
-    pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (model.enhance(small_low), small_high)]
+    pictures = [
+        image[0].permute(1, 2, 0).double().numpy()
+        for image in (model.enhance(small_low), small_high)
+    ]
     scores, zones = ms.image_metrics(*pictures), plain_zones(target)
     reflectance = model.pictures(small_low)["reflectance"]
-    light = (reflectance * small_high).sum(1, keepdim=True) / (reflectance**2).sum(1, keepdim=True).clamp(min=1e-6)
+    light = (reflectance * small_high).sum(1, keepdim=True) / (reflectance**2).sum(
+        1, keepdim=True
+    ).clamp(min=1e-6)
     lit = (reflectance * light).clamp(0, 1)[0].permute(1, 2, 0).double().numpy()
     return {
         "psnr": scores["psnr"],
@@ -87,16 +97,23 @@ def measure(task: Task) -> None:
         if name not in weights:
             with torch.enable_grad():
                 weights[name] = train("RetinexNet", task, folder / plain, VARIANTS[name])
-        model, *_ = ms.load_model(str(weights[name]), {**VARIANTS[name], "device": "cpu"}, *classes("RetinexNet"))
+        model, *_ = ms.load_model(
+            str(weights[name]), {**VARIANTS[name], "device": "cpu"}, *classes("RetinexNet")
+        )
         rows = []
         for index in range(len(store)):
             low, high = (ms.to_tensor(pixels)[None] for pixels in store[index])
             row, pictures = findings(model, low, high)
             rows.append(row)
             if index % 10 == 0:
-                strip = ms.triptych(pictures, ["input", "reflectance", "relit", "enhanced", "target"])
+                strip = ms.triptych(
+                    pictures, ["input", "reflectance", "relit", "enhanced", "target"]
+                )
                 ms.write_image(folder / f"{plain}_{store.pairs[index].low.stem}.png", strip)
-        table.append({"variant": name} | {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]})
+        table.append(
+            {"variant": name}
+            | {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
+        )
         print(table[-1], flush=True)
         ms.write_csv(folder / "findings.csv", table)
     print(markdown(table) + f"{folder}: findings.csv, *.png")

@@ -1,13 +1,15 @@
 """Whether a long training's memory grows: resident memory of a real run, sampled every half minute.
 
-    python benchmarks/soak.py [--minutes 120] [--config release_train_config.json] [--pairs 236] [--set KEY=VALUE ...]
+    python benchmarks/soak.py [--minutes 120] [--config release_train_config.json] [--pairs 236]
+    [--set KEY=VALUE ...]
 
-Without --set train_low_dir=... it trains on generated 600x400 pairs, without --set checkpoint_dir=... into a folder that it
-removes; with both it is a training like any other, watched. Its folder of weights must not hold a best_model.pth, whose
-appearance tells that the first validation is over. Prints the median over the first tenth of the samples from then on and
-over the last tenth, and the growth between them; the exit status is 1 where that is 2 % or more. That the cache of decoded
-pictures holds cache_megabytes is not to be seen from outside: tests/test_data.py counts what it holds. Needs a POSIX system
-with `ps`.
+Without --set train_low_dir=... it trains on generated 600x400 pairs, without --set
+checkpoint_dir=... into a folder that it removes; with both it is a training like any other,
+watched. Its folder of weights must not hold a best_model.pth, whose appearance tells that the first
+validation is over. Prints the median over the first tenth of the samples from then on and over the
+last tenth, and the growth between them; the exit status is 1 where that is 2 % or more. That the
+cache of decoded pictures holds cache_megabytes is not to be seen from outside: tests/test_data.py
+counts what it holds. Needs a POSIX system with `ps`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def resident_megabytes(process: int) -> float:
 
 
 def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
-    """Run `command` to its end; its resident memory in MiB every `every` seconds from when the file `best` is there."""
+    """Run `command` to its end; its resident memory in MiB every `every` seconds from when the file
+    `best` is there."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     samples: list[float] = []
     while process.poll() is None:
@@ -46,13 +49,18 @@ def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
 
 
 def judge(samples: Sequence[float]) -> None:
-    """Print the growth; exit with status 1 where it is too large, or where the samples cannot tell."""
+    """Print the growth; exit with status 1 where it is too large, or where the samples cannot
+    tell."""
     if len(samples) < 20:
         sys.exit(f"{len(samples)} samples: too few to tell; raise --minutes")
     tenth = len(samples) // 10
     first, last = statistics.median(samples[:tenth]), statistics.median(samples[-tenth:])
     growth = 100 * (last / first - 1)
-    print(f"{len(samples)} samples after the first validation: {first:.0f} MiB, at the end {last:.0f} MiB", end="")
+    print(
+        f"{len(samples)} samples after the first validation: {first:.0f} MiB, at the end"
+        f" {last:.0f} MiB",
+        end="",
+    )
     print(f", {growth:+.1f} %; largest {max(samples):.0f} MiB")
     if growth >= ALLOWED:
         sys.exit(f"memory grew by {growth:.2f} %; less than {ALLOWED:g} % is allowed")
@@ -60,7 +68,9 @@ def judge(samples: Sequence[float]) -> None:
 
 def main() -> None:
     """Train, sample, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--config", default=str(ROOT / "release_train_config.json"))
     parser.add_argument("--pairs", type=int, default=236, help="generated pairs")
@@ -72,9 +82,14 @@ def main() -> None:
         given = dict(text.partition("=")[::2] for text in arguments.set)
         best = Path(given.get("checkpoint_dir", folder / "weights")) / "best_model.pth"
         if best.exists():
-            print(f"error: {best} is there already; name another checkpoint_dir, or move it away", file=sys.stderr)
+            print(
+                f"error: {best} is there already; name another checkpoint_dir, or move it away",
+                file=sys.stderr,
+            )
             sys.exit(2)
-        settings = dict(max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1)
+        settings = dict(
+            max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1
+        )
         settings |= dict(checkpoint_dir=best.parent, log_dir=folder / "logs")
         if "train_low_dir" not in given:
             write_pairs(folder, arguments.pairs)

@@ -1,19 +1,25 @@
-"""Training speed of the published CPU recipe: our model against one with the published model's layer sizes.
+"""Training speed of the published CPU recipe: our model against one with the published model's
+layer sizes.
 
     python benchmarks/train_speed.py [--rounds 5] [--size 128]
 
-ours      the real Trainer, built from cpu_train_config.json and stepped by its own _train_step: ConditionalFlow with all
+ours      the real Trainer, built from cpu_train_config.json and stepped by its own _train_step:
+ConditionalFlow with all
           its losses, AdamW, gradient clip, averaged weights, channels last.
-stand-in  a model for timing only, written from the published layer sizes; it was never trained and its values mean
-          nothing. Encoder 3-64-128-96, prior mean 96-96, projections 3-96 and 96-3, two affine couplings on 96 channels
-          at full resolution; negative log-likelihood + L1 + 64-bin soft histograms of all pixels; Adam, gradient clip.
+stand-in  a model for timing only, written from the published layer sizes; it was never trained and
+its values mean
+          nothing. Encoder 3-64-128-96, prior mean 96-96, projections 3-96 and 96-3, two affine
+          couplings on 96 channels at full resolution; negative log-likelihood + L1 + 64-bin soft
+          histograms of all pixels; Adam, gradient clip.
 
-Both take the same picture, in memory, in fp32 and by turns in one process, so that other load on the machine falls on
-both; medians over the rounds are printed. Data loading and validation are left out. The stand-in keeps PyTorch's default
-memory layout, as the published code does; --stand-in-channels-last grants it ours, which tells layout from layers.
+Both take the same picture, in memory, in fp32 and by turns in one process, so that other load on
+the machine falls on both; medians over the rounds are printed. Data loading and validation are left
+out. The stand-in keeps PyTorch's default memory layout, as the published code does;
+--stand-in-channels-last grants it ours, which tells layout from layers.
 
-On a machine that others use, run it under OMP_WAIT_POLICY=PASSIVE: by default OpenMP's threads spin while they wait for
-one that has lost its core, which can cost a model of many small layers (ours) nine tenths of its speed.
+On a machine that others use, run it under OMP_WAIT_POLICY=PASSIVE: by default OpenMP's threads spin
+while they wait for one that has lost its core, which can cost a model of many small layers (ours)
+nine tenths of its speed.
 """
 
 from __future__ import annotations
@@ -51,13 +57,18 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class StandInCoupling(nn.Module):
-    """Affine coupling at full resolution: 48 kept channels and 96 of the condition give scale and shift of the other 48."""
+    """Affine coupling at full resolution: 48 kept channels and 96 of the condition give scale and
+    shift of the other 48."""
 
     def __init__(self, flip: bool) -> None:
         super().__init__()
         self.flip = flip
         self.net = nn.Sequential(
-            conv3(CHANNELS // 2 + CHANNELS, 256), nn.ReLU(), conv3(256, 256), nn.ReLU(), conv3(256, CHANNELS)
+            conv3(CHANNELS // 2 + CHANNELS, 256),
+            nn.ReLU(),
+            conv3(256, 256),
+            nn.ReLU(),
+            conv3(256, CHANNELS),
         )
 
     def forward(self, x: Tensor, condition: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,7 +84,9 @@ class StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(conv3(3, 64), nn.ReLU(), conv3(64, 128), nn.ReLU(), conv3(128, CHANNELS), nn.ReLU())
+        self.encoder = nn.Sequential(
+            conv3(3, 64), nn.ReLU(), conv3(64, 128), nn.ReLU(), conv3(128, CHANNELS), nn.ReLU()
+        )
         self.prior_mean = conv3(CHANNELS, CHANNELS)
         self.project, self.unproject = nn.Conv2d(3, CHANNELS, 1), nn.Conv2d(CHANNELS, 3, 1)
         self.couplings = nn.ModuleList([StandInCoupling(False), StandInCoupling(True)])
@@ -105,12 +118,16 @@ class StandIn(nn.Module):
 
 def soft_histogram(image: Tensor) -> Tensor:
     """(B, 3, bins) of every pixel of (B, 3, H, W), d counted in bins."""
-    distance = (image.flatten(2)[..., None] - torch.linspace(0, 1, BINS, device=image.device)) * (BINS - 1)
+    distance = (image.flatten(2)[..., None] - torch.linspace(0, 1, BINS, device=image.device)) * (
+        BINS - 1
+    )
     weight = 1 / (1 + 0.1 * distance**2)
     return weight.sum(2) / weight.sum((2, 3))[..., None]
 
 
-def stand_in_step(model: StandIn, optimizer: torch.optim.Optimizer, low: Tensor, high: Tensor) -> None:
+def stand_in_step(
+    model: StandIn, optimizer: torch.optim.Optimizer, low: Tensor, high: Tensor
+) -> None:
     """One update of the stand-in."""
     optimizer.zero_grad(set_to_none=True)
     model.loss(low, high).backward()
@@ -119,23 +136,39 @@ def stand_in_step(model: StandIn, optimizer: torch.optim.Optimizer, low: Tensor,
 
 
 def trainer_on_noise(
-    recipe: str, size: tuple[int, int], folder: Path, system: str = "ConditionalFlow", **changes: Any
+    recipe: str,
+    size: tuple[int, int],
+    folder: Path,
+    system: str = "ConditionalFlow",
+    **changes: Any,
 ) -> model_script.Trainer:
-    """The real Trainer on eight pictures of noise (height, width): an update costs the same whatever it sees."""
+    """The real Trainer on eight pictures of noise (height, width): an update costs the same
+    whatever it sees."""
     rng = np.random.default_rng(0)
     for part in ("low", "high"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for name in range(8):
-            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / part / f"{name}.png")
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+                folder / part / f"{name}.png"
+            )
     model_class, config_class = classes(system)
     settings = model_script.read_config_file(str(ROOT / recipe)) | changes
-    settings |= {"train_low_dir": str(folder / "low"), "train_high_dir": str(folder / "high"), "num_epochs": 10_000}
-    return model_script.Trainer(model_script.apply_settings(config_class(), settings, "benchmark"), model_class)
+    settings |= {
+        "train_low_dir": str(folder / "low"),
+        "train_high_dir": str(folder / "high"),
+        "num_epochs": 10_000,
+    }
+    return model_script.Trainer(
+        model_script.apply_settings(config_class(), settings, "benchmark"), model_class
+    )
 
 
 def first_batch(trainer: model_script.Trainer) -> model_script.Sample:
     """A batch of the trainer's own size."""
-    plan = [model_script.Draw(0, index % len(trainer.training)) for index in range(trainer.config.batch_size)]
+    plan = [
+        model_script.Draw(0, index % len(trainer.training))
+        for index in range(trainer.config.batch_size)
+    ]
     return next(iter(trainer._loader([plan])))
 
 
@@ -150,16 +183,22 @@ def images_per_second(step: Callable[[], object], seconds: float, batch: int) ->
 
 def main() -> None:
     """Measure by turns and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures")
     parser.add_argument("--seconds", type=float, default=4.0, help="least time of one turn")
-    parser.add_argument("--stand-in-channels-last", action="store_true", help="the stand-in in our memory layout")
+    parser.add_argument(
+        "--stand-in-channels-last", action="store_true", help="the stand-in in our memory layout"
+    )
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         side = arguments.size
-        trainer = trainer_on_noise("cpu_train_config.json", (side, side), Path(folder), image_size=[side, side])
+        trainer = trainer_on_noise(
+            "cpu_train_config.json", (side, side), Path(folder), image_size=[side, side]
+        )
         batch = first_batch(trainer)
     trainer.model.train()
     torch.manual_seed(0)
@@ -175,13 +214,21 @@ def main() -> None:
         "stand-in": lambda: stand_in_step(model, optimizer, low, high),
     }
     millions = {
-        name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("ours", trainer.model), ("stand-in", model))
+        name: sum(p.numel() for p in m.parameters()) / 1e6
+        for name, m in (("ours", trainer.model), ("stand-in", model))
     }
     layout = "channels last" if arguments.stand_in_channels_last else "default layout"
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
-    print(f"torch {torch.__version__}, {trainer.runtime}, {arguments.size}x{arguments.size}, batch {len(low)}")
+    print(
+        f"torch {torch.__version__}, {trainer.runtime}, {arguments.size}x{arguments.size}, batch"
+        f" {len(low)}"
+    )
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before, OMP_WAIT_POLICY {policy}")
-    print(f"ours {millions['ours']:.2f} M parameters, stand-in {millions['stand-in']:.2f} M ({layout})", flush=True)
+    print(
+        f"ours {millions['ours']:.2f} M parameters, stand-in {millions['stand-in']:.2f} M"
+        f" ({layout})",
+        flush=True,
+    )
     for step in turns.values():  # warm up: the first steps choose kernels and allocate
         step()
         step()
@@ -190,10 +237,17 @@ def main() -> None:
         for name, step in turns.items():
             speeds[name].append(images_per_second(step, arguments.seconds, len(low)))
         ours, theirs = (speeds[name][-1] for name in turns)
-        print(f"round {place + 1}: ours {ours:.2f} images/s, stand-in {theirs:.2f} images/s, {ours / theirs:.1f}x", flush=True)
+        print(
+            f"round {place + 1}: ours {ours:.2f} images/s, stand-in {theirs:.2f} images/s,"
+            f" {ours / theirs:.1f}x",
+            flush=True,
+        )
     ours, theirs = (statistics.median(values) for values in speeds.values())
     ratio = statistics.median(a / b for a, b in zip(*speeds.values(), strict=True))
-    print(f"median: ours {ours:.2f} images/s, stand-in {theirs:.2f} images/s, {ratio:.1f}x (median of the rounds' ratios)")
+    print(
+        f"median: ours {ours:.2f} images/s, stand-in {theirs:.2f} images/s, {ratio:.1f}x (median of"
+        " the rounds' ratios)"
+    )
 
 
 if __name__ == "__main__":

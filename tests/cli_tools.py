@@ -1,4 +1,5 @@
-"""Helpers of the integration tests: run the script as a user would, and make tiny pairs of pictures."""
+"""Helpers of the integration tests: run the script as a user would, and make tiny pairs of
+pictures."""
 
 from __future__ import annotations
 
@@ -47,18 +48,30 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """The finished process; stdout and stderr as text."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(threads), capture_output=True, text=True, timeout=timeout
+        command(*arguments),
+        cwd=cwd,
+        env=environment(threads),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
 def start_script(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
     """A running process whose stdout and stderr share one pipe."""
     return subprocess.Popen(
-        command(*arguments), cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
-def stop_when(process: subprocess.Popen[str], path: Path, number: signal.Signals, timeout: float = 60) -> str:
+def stop_when(
+    process: subprocess.Popen[str], path: Path, number: signal.Signals, timeout: float = 60
+) -> str:
     """Send a signal as soon as `path` exists; returns all that the process printed."""
     ends = time.monotonic() + timeout
     while not path.exists():
@@ -73,9 +86,14 @@ def target_picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
     """(height, width, 3) uint8: colour ramps, a disc and stripes, all drawn by the seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    waves = [0.5 + 0.3 * np.sin(rng.uniform(1, 9) * x + rng.uniform(1, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
+    waves = [
+        0.5 + 0.3 * np.sin(rng.uniform(1, 9) * x + rng.uniform(1, 9) * y + rng.uniform(0, 6))
+        for _ in range(3)
+    ]
     picture = np.stack(waves, axis=-1)
-    disc = (x - rng.uniform(0.2, 0.6)) ** 2 + (y - rng.uniform(0.2, 0.6)) ** 2 < rng.uniform(0.01, 0.05)
+    disc = (x - rng.uniform(0.2, 0.6)) ** 2 + (y - rng.uniform(0.2, 0.6)) ** 2 < rng.uniform(
+        0.01, 0.05
+    )
     picture[disc] = rng.uniform(0.1, 0.9, 3)
     return np.rint(picture.clip(0, 1) * 255).astype(np.uint8)
 
@@ -83,7 +101,11 @@ def target_picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
 def dark_picture(high: np.ndarray, seed: int = 0) -> np.ndarray:
     """`high` under-exposed, with a reddish veil and a little noise."""
     rng = np.random.default_rng(seed)
-    veiled = high / 255 * np.array([0.16, 0.1, 0.12]) + np.array([0.06, 0.02, 0.03]) + rng.normal(0, 0.003, high.shape)
+    veiled = (
+        high / 255 * np.array([0.16, 0.1, 0.12])
+        + np.array([0.06, 0.02, 0.03])
+        + rng.normal(0, 0.003, high.shape)
+    )
     return np.rint(veiled.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -94,7 +116,9 @@ def save_picture(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     return path
 
 
-def make_pairs(folder: Path, count: int, height: int = 40, width: int = 48, first_seed: int = 0) -> Path:
+def make_pairs(
+    folder: Path, count: int, height: int = 40, width: int = 48, first_seed: int = 0
+) -> Path:
     """`count` pairs NAME.png under folder/low and folder/high; returns the folder."""
     for place in range(count):
         high = target_picture(first_seed + place, height, width)
@@ -104,11 +128,17 @@ def make_pairs(folder: Path, count: int, height: int = 40, width: int = 48, firs
 
 
 def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a tiny run whose data lie in folder/data/{train,val,eval} and whose output stays in `folder`."""
+    """Settings of a tiny run whose data lie in folder/data/{train,val,eval} and whose output stays
+    in `folder`."""
     data = folder / "data"
-    dirs = {f"{part}_{kind}_dir": str(data / part / kind) for part in ("train", "val", "eval") for kind in ("low", "high")}
+    dirs = {
+        f"{part}_{kind}_dir": str(data / part / kind)
+        for part in ("train", "val", "eval")
+        for kind in ("low", "high")
+    }
     outputs = {
-        f"{kind}_dir": str(folder / name) for kind, name in (("checkpoint", "ckpt"), ("log", "logs"), ("results", "results"))
+        f"{kind}_dir": str(folder / name)
+        for kind, name in (("checkpoint", "ckpt"), ("log", "logs"), ("results", "results"))
     }
     return TINY | dirs | outputs | changes
 
@@ -128,17 +158,24 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def main_with(
-    mode: str, settings: dict[str, Any], *arguments: str | Path, model_class: type[torch.nn.Module] | None = None
+    mode: str,
+    settings: dict[str, Any],
+    *arguments: str | Path,
+    model_class: type[torch.nn.Module] | None = None,
 ) -> int:
     """Run a mode in this process; returns its exit status."""
     path = Path(settings["results_dir"]).parent / "settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings), encoding="utf-8")
-    return ms.main(["--mode", mode, "--config", str(path), *map(str, arguments)], model_class or ms.ConditionalFlow)
+    return ms.main(
+        ["--mode", mode, "--config", str(path), *map(str, arguments)],
+        model_class or ms.ConditionalFlow,
+    )
 
 
 def differing(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two trees of dicts, lists, tensors and plain values differ; tensors are compared bit for bit."""
+    """Where two trees of dicts, lists, tensors and plain values differ; tensors are compared bit
+    for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
@@ -148,12 +185,17 @@ def differing(a: Any, b: Any, place: str = "") -> list[str]:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return [place]
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differing(x, y, f"{place}/{i}")]
+        return [
+            found
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for found in differing(x, y, f"{place}/{i}")
+        ]
     return [] if type(a) is type(b) and a == b else [f"{place}: {a!r} {b!r}"]
 
 
 def assert_one_line_error(status: int, stderr: str, *words: str, expected: int = 2) -> None:
-    """The promise of every mistake: the status, one line that starts with error:, no traceback, and it names `words`."""
+    """The promise of every mistake: the status, one line that starts with error:, no traceback, and
+    it names `words`."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert status == expected, stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr

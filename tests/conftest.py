@@ -1,4 +1,5 @@
-"""What the test files share: the script on the path, small random models and small random data sets."""
+"""What the test files share: the script on the path, small random models and small random data
+sets."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def smooth_scene(seed: int, height: int, width: int) -> np.ndarray:
-    """A colourful (height, width, 3) uint8 picture; two seeds give pictures that do not correlate."""
+    """A colourful (height, width, 3) uint8 picture; two seeds give pictures that do not
+    correlate."""
     coarse = np.random.default_rng((977, seed)).uniform(0, 1, (6, 6, 3))
     coarse = (coarse - coarse.min()) / (coarse.max() - coarse.min())
     picture = Image.fromarray(np.rint(20 + 215 * coarse).astype(np.uint8))
@@ -25,12 +27,16 @@ def smooth_scene(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def write_pairs(
-    folder: Path, count: int, size: tuple[int, int] = (32, 32), scenes: Sequence[int] | None = None, equal: bool = False
+    folder: Path,
+    count: int,
+    size: tuple[int, int] = (32, 32),
+    scenes: Sequence[int] | None = None,
+    equal: bool = False,
 ) -> tuple[Path, Path]:
     """Write low/1.png, high/1.png, ... of `size` (height, width) and return the two folders.
 
-    `scenes` gives the scene of each pair (default: all different); takes of a scene differ in exposure and noise.
-    `equal` makes every low the same picture as its high.
+    `scenes` gives the scene of each pair (default: all different); takes of a scene differ in
+    exposure and noise. `equal` makes every low the same picture as its high.
     """
     low_dir, high_dir = Path(folder) / "low", Path(folder) / "high"
     for created in (low_dir, high_dir):
@@ -40,16 +46,21 @@ def write_pairs(
         high = smooth_scene(scene, *size) * rng.uniform(0.6, 1.0) + rng.normal(0, 2, (*size, 3))
         low = high if equal else 0.1 * high + rng.normal(0, 1, high.shape)
         for target, pixels in ((low_dir, low), (high_dir, high)):
-            Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).save(target / f"{place + 1}.png")
+            Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).save(
+                target / f"{place + 1}.png"
+            )
     return low_dir, high_dir
 
 
 def randomise(module: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module:
-    """Perturb every parameter, also those that start at zero and would make the layer an identity; returns the module."""
+    """Perturb every parameter, also those that start at zero and would make the layer an identity;
+    returns the module."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(
+                parameter.dtype
+            )
     return module
 
 

@@ -1,4 +1,5 @@
-"""A corpus of broken and odd picture files, made on the fly: what each shows, or that it must be refused."""
+"""A corpus of broken and odd picture files, made on the fly: what each shows, or that it must be
+refused."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ EXIF_TURNS = {
 class Odd(NamedTuple):
     """A file and what must come of it.
 
-    pixels: what it shows, upright, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16; None where it must be refused.
-    tolerance: largest mean difference, in levels of 255. may_refuse: a refusal is right as well. words: in the refusal.
+    pixels: what it shows, upright, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16; None where
+    it must be refused. tolerance: largest mean difference, in levels of 255. may_refuse: a refusal
+    is right as well. words: in the refusal.
     """
 
     data: bytes
@@ -45,7 +47,9 @@ class Odd(NamedTuple):
 def encoded(picture: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:
     """A file that Pillow writes."""
     stream = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(stream, kind, **options)
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(
+        stream, kind, **options
+    )
     return stream.getvalue()
 
 
@@ -61,23 +65,44 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(
-    pixels: np.ndarray, interlaced: bool = False, size: tuple[int, int] | None = None, idat: bytes = b"", extra: bytes = b""
+    pixels: np.ndarray,
+    interlaced: bool = False,
+    size: tuple[int, int] | None = None,
+    idat: bytes = b"",
+    extra: bytes = b"",
 ) -> bytes:
-    """A PNG of (H, W, C) uint8 or uint16 written by hand: interlaced, of another declared size (width, height), ..."""
+    """A PNG of (H, W, C) uint8 or uint16 written by hand: interlaced, of another declared size
+    (width, height), ..."""
     height, width, channels = pixels.shape
     wide = pixels.astype(f">u{pixels.dtype.itemsize}")
-    starts = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    starts = [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]
     passes = [wide[y::dy, x::dx] for y, x, dy, dx in (starts if interlaced else [(0, 0, 1, 1)])]
     rows = b"".join(b"\0" + row.tobytes() for part in passes if part.size for row in part)
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     declared = size or (width, height)
-    header = struct.pack(">IIBBBBB", *declared, 8 * pixels.dtype.itemsize, colour_type, 0, 0, int(interlaced))
-    body = [chunk(b"IHDR", header), extra, chunk(b"IDAT", idat or zlib.compress(rows)), chunk(b"IEND", b"")]
+    header = struct.pack(
+        ">IIBBBBB", *declared, 8 * pixels.dtype.itemsize, colour_type, 0, 0, int(interlaced)
+    )
+    body = [
+        chunk(b"IHDR", header),
+        extra,
+        chunk(b"IDAT", idat or zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
 def zeros_deflated(size: int) -> bytes:
-    """A zlib stream of about `size` zero bytes, a thousand times shorter, made without ever holding them."""
+    """A zlib stream of about `size` zero bytes, a thousand times shorter, made without ever holding
+    them."""
     packer = zlib.compressobj(9)
     first = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
     again = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -86,12 +111,18 @@ def zeros_deflated(size: int) -> bytes:
     return first + again * (count - 1) + b"\x03\x00" + struct.pack(">I", checksum)
 
 
-def raw_tiff(tags: dict[int, Sequence[int]], data: bytes = b"", next_page: int = 0, bombs: int = 0) -> bytes:
-    """A TIFF of 32-bit tags written by hand; its one strip (or tile, where tag 322 is there) is `data`.
+def raw_tiff(
+    tags: dict[int, Sequence[int]], data: bytes = b"", next_page: int = 0, bombs: int = 0
+) -> bytes:
+    """A TIFF of 32-bit tags written by hand; its one strip (or tile, where tag 322 is there) is
+    `data`.
 
     `bombs` further tags each claim the whole of `data` as theirs.
     """
-    tags = dict(tags) | {(324 if 322 in tags else 273): [0], (325 if 322 in tags else 279): [len(data)]}
+    tags = dict(tags) | {
+        (324 if 322 in tags else 273): [0],
+        (325 if 322 in tags else 279): [len(data)],
+    }
     place = 8 + 2 + 12 * (len(tags) + bombs) + 4
     table, after = b"", b""
     for tag, values in sorted(tags.items()):
@@ -101,22 +132,47 @@ def raw_tiff(tags: dict[int, Sequence[int]], data: bytes = b"", next_page: int =
         elif len(values) > 1:
             stored, after = struct.pack("<I", place + len(after)), after + stored
         table += struct.pack("<HHI", tag, 4, len(values)) + stored
-    table += b"".join(struct.pack("<HHI", 40_000 + number, 1, len(data)) + b"HERE" for number in range(bombs))
+    table += b"".join(
+        struct.pack("<HHI", 40_000 + number, 1, len(data)) + b"HERE" for number in range(bombs)
+    )
     table = table.replace(b"HERE", struct.pack("<I", place + len(after)))
-    return b"II*\0" + struct.pack("<IH", 8, len(tags) + bombs) + table + struct.pack("<I", next_page) + after + data
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags) + bombs)
+        + table
+        + struct.pack("<I", next_page)
+        + after
+        + data
+    )
 
 
-def tiff_tags(width: int, height: int, bits: int = 8, compression: int = 1, **more: Sequence[int]) -> dict[int, Sequence[int]]:
+def tiff_tags(
+    width: int, height: int, bits: int = 8, compression: int = 1, **more: Sequence[int]
+) -> dict[int, Sequence[int]]:
     """The tags of an RGB picture in one strip; `more` as t322=[...]."""
-    tags = {256: [width], 257: [height], 258: [bits] * 3, 259: [compression], 262: [2], 277: [3], 278: [height]}
+    tags = {
+        256: [width],
+        257: [height],
+        258: [bits] * 3,
+        259: [compression],
+        262: [2],
+        277: [3],
+        278: [height],
+    }
     return tags | {int(name[1:]): values for name, values in more.items()}
 
 
 def many_pages(scene: np.ndarray, count: int) -> bytes:
     """A TIFF whose pages are a long chain of tables of one tag."""
     start = len(raw_tiff(tiff_tags(48, 40), scene.tobytes()))
-    pages = [struct.pack("<HHHIII", 1, 256, 4, 1, 48, start + 18 * number) for number in range(1, count)]
-    return raw_tiff(tiff_tags(48, 40), scene.tobytes(), next_page=start) + b"".join(pages)[:-4] + bytes(4)
+    pages = [
+        struct.pack("<HHHIII", 1, 256, 4, 1, 48, start + 18 * number) for number in range(1, count)
+    ]
+    return (
+        raw_tiff(tiff_tags(48, 40), scene.tobytes(), next_page=start)
+        + b"".join(pages)[:-4]
+        + bytes(4)
+    )
 
 
 def exif_bomb(tags: int, size: int) -> bytes:
@@ -135,8 +191,10 @@ def literal_lzw(data: bytes) -> bytes:
 
 
 def solid_webp(width: int, height: int) -> bytes:
-    """A lossless WebP of one colour in 40 bytes: five prefix codes of one symbol each leave no bit for the pixels."""
-    bits = [(width - 1, 14), (height - 1, 14), (0, 1), (0, 3), (0, 3)]  # size, alpha, version; no transform, cache or meta
+    """A lossless WebP of one colour in 40 bytes: five prefix codes of one symbol each leave no bit
+    for the pixels."""
+    # size, alpha, version; no transform, cache or meta
+    bits = [(width - 1, 14), (height - 1, 14), (0, 1), (0, 3), (0, 3)]
     bits += [(1, 1), (0, 1), (1, 1), (90, 8)] * 4 + [(1, 1), (0, 1), (0, 1), (0, 1)]
     value, place = 0, 0
     for number, count in bits:
@@ -154,12 +212,18 @@ def declared_jpeg(data: bytes, width: int, height: int) -> bytes:
 
 
 def scan_bomb(scans: int) -> bytes:
-    """A progressive JPEG that goes over its 4 megapixels again in each of many empty scans of a few bytes."""
+    """A progressive JPEG that goes over its 4 megapixels again in each of many empty scans of a few
+    bytes."""
     data = encoded(np.zeros((2048, 2048), np.uint8), "JPEG", progressive=True)
     empty = bytes.fromhex("ffda 0008 01 01 00 01 3f 00".replace(" ", ""))
-    table = bytes.fromhex("ffc4 0014 10".replace(" ", "")) + bytes([1] + [0] * 15) + b"\xe0"  # one code: a run of 2^14 blocks
+    # one code: a run of 2^14 blocks
+    table = bytes.fromhex("ffc4 0014 10".replace(" ", "")) + bytes([1] + [0] * 15) + b"\xe0"
     runs = 65536 // 2**14
-    value = int("".join("0" + "0" * 14 for _ in range(runs)).ljust(64, "1"), 2).to_bytes(8, "big").replace(b"\xff", b"\xff\0")
+    value = (
+        int("".join("0" + "0" * 14 for _ in range(runs)).ljust(64, "1"), 2)
+        .to_bytes(8, "big")
+        .replace(b"\xff", b"\xff\0")
+    )
     return data[:-2] + (table + empty + value) * scans + b"\xff\xd9"
 
 
@@ -176,9 +240,14 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
     alpha = rng.integers(0, 256, scene.shape[:2]).astype(np.uint8)
     rgba, deep_alpha = np.dstack([scene, alpha]), np.dstack([deep, deep[..., 1]])
     grey, bits = scene[..., 1], scene[..., 1] > 128
-    threes = [np.repeat(layer[..., None], 3, axis=2) for layer in (grey, deep[..., 1], np.where(bits, 255, 0).astype(np.uint8))]
+    threes = [
+        np.repeat(layer[..., None], 3, axis=2)
+        for layer in (grey, deep[..., 1], np.where(bits, 255, 0).astype(np.uint8))
+    ]
     palette = Image.fromarray(scene).quantize(16)
-    lab = np.rint(255 * skimage.color.lab2rgb(np.full((40, 48, 3), [160 / 2.55, 0.0, 0.0]))).astype(np.uint8)
+    lab = np.rint(255 * skimage.color.lab2rgb(np.full((40, 48, 3), [160 / 2.55, 0.0, 0.0]))).astype(
+        np.uint8
+    )
     cmyk = Image.fromarray(scene).convert("CMYK")
     from_cmyk = np.asarray(cmyk.convert("RGB"))
     jpeg, fine = encoded(scene, "JPEG", quality=95), dict(quality=95, subsampling=0)
@@ -199,7 +268,9 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
         "grey.jpg": Odd(encoded(grey, "JPEG", quality=95), threes[0], 3),
         "cmyk.jpg": Odd(encoded(cmyk, "JPEG", **fine), from_cmyk, 4),
         "cmyk.tif": Odd(encoded(cmyk, "TIFF"), from_cmyk),
-        "cmyk16.tif": Odd(tiff(np.asarray(cmyk).astype(np.uint16) * 257, photometric="separated"), from_cmyk, 1),
+        "cmyk16.tif": Odd(
+            tiff(np.asarray(cmyk).astype(np.uint16) * 257, photometric="separated"), from_cmyk, 1
+        ),
         "1 bit.png": Odd(encoded(bits, "PNG"), threes[2]),
         "1 bit.bmp": Odd(encoded(bits, "BMP"), threes[2]),
         "fax.tif": Odd(encoded(bits, "TIFF", compression="group4"), threes[2]),
@@ -209,51 +280,97 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
         "alpha.webp": Odd(encoded(rgba, "WEBP", lossless=True, exact=True), rgba),
         "palette.png": Odd(encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
         "palette.tif": Odd(encoded(palette, "TIFF"), np.asarray(palette.convert("RGB"))),
-        "lab.tif": Odd(tiff(np.full((40, 48, 3), [160, 0, 0], np.uint8), photometric="cielab"), lab, 3),
+        "lab.tif": Odd(
+            tiff(np.full((40, 48, 3), [160, 0, 0], np.uint8), photometric="cielab"), lab, 3
+        ),
         "lzw.tif": Odd(encoded(scene, "TIFF", compression="tiff_lzw"), scene),
         "packbits.tif": Odd(encoded(scene, "TIFF", compression="packbits"), scene),
         "jpeg inside.tif": Odd(encoded(scene, "TIFF", compression="jpeg", quality=95), scene, 8),
-        "planar.tif": Odd(tiff(np.moveaxis(scene, -1, 0), photometric="rgb", planarconfig="separate"), scene),
+        "planar.tif": Odd(
+            tiff(np.moveaxis(scene, -1, 0), photometric="rgb", planarconfig="separate"), scene
+        ),
         "tiled.tif": Odd(tiff(scene, photometric="rgb", tile=(16, 16)), scene),
         "big.tif": Odd(tiff(scene, photometric="rgb", bigtiff=True), scene),
         "motorola.tif": Odd(tiff(scene, photometric="rgb", byteorder=">"), scene),
         "16 bit.png": Odd(png(deep), deep),
         "16 bit grey.png": Odd(png(deep[..., 1:2]), threes[1]),
-        "16 bit grey with alpha.png": Odd(png(deep[..., :2]), np.dstack([deep[..., :1]] * 3 + [deep[..., 1]])),
+        "16 bit grey with alpha.png": Odd(
+            png(deep[..., :2]), np.dstack([deep[..., :1]] * 3 + [deep[..., 1]])
+        ),
         "16 bit alpha.png": Odd(png(deep_alpha), deep_alpha),
         "16 bit interlaced.png": Odd(png(deep, interlaced=True), deep),
         "interlaced.png": Odd(png(scene, interlaced=True), scene),
         "16 bit.tif": Odd(tiff(deep, photometric="rgb"), deep),
         "16 bit motorola.tif": Odd(tiff(deep, photometric="rgb", byteorder=">"), deep),
-        "16 bit deflate.tif": Odd(tiff(deep, photometric="rgb", compression="zlib", predictor=True), deep),
-        "16 bit motorola deflate.tif": Odd(tiff(deep, photometric="rgb", byteorder=">", compression="zlib"), deep),
+        "16 bit deflate.tif": Odd(
+            tiff(deep, photometric="rgb", compression="zlib", predictor=True), deep
+        ),
+        "16 bit motorola deflate.tif": Odd(
+            tiff(deep, photometric="rgb", byteorder=">", compression="zlib"), deep
+        ),
         "16 bit tiled.tif": Odd(tiff(deep, photometric="rgb", tile=(16, 32)), deep),
-        "16 bit lzw.tif": Odd(raw_tiff(tiff_tags(48, 40, 16, 5), literal_lzw(deep.tobytes())), deep),
+        "16 bit lzw.tif": Odd(
+            raw_tiff(tiff_tags(48, 40, 16, 5), literal_lzw(deep.tobytes())), deep
+        ),
         "16 bit grey.tif": Odd(tiff(deep[..., 1], photometric="minisblack"), threes[1]),
         "16 bit negative.tif": Odd(tiff(deep[..., 1], photometric="miniswhite"), 65535 - threes[1]),
-        "16 bit alpha.tif": Odd(tiff(deep_alpha, photometric="rgb", extrasamples=["unassalpha"]), deep_alpha),
+        "16 bit alpha.tif": Odd(
+            tiff(deep_alpha, photometric="rgb", extrasamples=["unassalpha"]), deep_alpha
+        ),
         "16 bit planar.tif": Odd(
-            tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate"), deep, may_refuse=True, words="planar"
+            tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate"),
+            deep,
+            may_refuse=True,
+            words="planar",
         ),
         "one frame.webp": Odd(encoded(scene, "WEBP", lossless=True, save_all=True), scene),
         "preview.jpg": Odd(
-            encoded(scene, "MPO", save_all=True, append_images=[Image.fromarray(scene[::2, ::2])], **fine), scene, 4
+            encoded(
+                scene,
+                "MPO",
+                save_all=True,
+                append_images=[Image.fromarray(scene[::2, ::2])],
+                **fine,
+            ),
+            scene,
+            4,
         ),
         "tail.png": Odd(plain + b"rubbish" * 999, scene),
         "tail.jpg": as_jpeg._replace(data=jpeg + b"rubbish" * 999),
-        "comment.png": Odd(png(scene, extra=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 90_000))), scene),
+        "comment.png": Odd(
+            png(scene, extra=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 90_000))), scene
+        ),
         "loop of pages.tif": Odd(raw_tiff(tiff_tags(48, 40), scene.tobytes(), next_page=8), scene),
         "least.png": Odd(encoded(scene[:16, :16], "PNG"), scene[:16, :16]),
-        "tall.png": Odd(encoded(np.tile(scene[:, :16], (60, 1, 1)), "PNG"), np.tile(scene[:, :16], (60, 1, 1))),
-        "wide.jpg": Odd(encoded(np.tile(scene[:16], (1, 60, 1)), "JPEG", **fine), np.tile(scene[:16], (1, 60, 1)), 4),
+        "tall.png": Odd(
+            encoded(np.tile(scene[:, :16], (60, 1, 1)), "PNG"), np.tile(scene[:, :16], (60, 1, 1))
+        ),
+        "wide.jpg": Odd(
+            encoded(np.tile(scene[:16], (1, 60, 1)), "JPEG", **fine),
+            np.tile(scene[:16], (1, 60, 1)),
+            4,
+        ),
         "orientation 99.jpg": Odd(encoded(scene, "JPEG", exif=exif_of(99), **fine), scene, 4),
         "broken exif.jpg": Odd(
-            encoded(scene, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\x00\xff" * 99, **fine), scene, 4
+            encoded(
+                scene,
+                "JPEG",
+                exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\x00\xff" * 99,
+                **fine,
+            ),
+            scene,
+            4,
         ),
-        "broken exif.png": Odd(png(scene, extra=chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x04" + b"\xff" * 60)), scene),
-        "tag bomb.tif": Odd(raw_tiff(tiff_tags(48, 40), scene.tobytes() + bytes(2**20), bombs=700), scene),
+        "broken exif.png": Odd(
+            png(scene, extra=chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x04" + b"\xff" * 60)), scene
+        ),
+        "tag bomb.tif": Odd(
+            raw_tiff(tiff_tags(48, 40), scene.tobytes() + bytes(2**20), bombs=700), scene
+        ),
         "exif bomb.png": Odd(png(scene, extra=chunk(b"eXIf", exif_bomb(1000, 400_000))), scene),
-        "broken profile.png": Odd(png(scene, extra=chunk(b"iCCP", b"icc\0\0" + b"no zlib")), scene, may_refuse=True),
+        "broken profile.png": Odd(
+            png(scene, extra=chunk(b"iCCP", b"icc\0\0" + b"no zlib")), scene, may_refuse=True
+        ),
         "two\nlines.png": Odd(plain, scene),
         "bytes \udcff\udcfe.png": Odd(plain, scene),
         "-dash [1] %s *?.png": Odd(plain, scene),
@@ -261,7 +378,9 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
     }
     for orientation, turn in EXIF_TURNS.items():
         exif = exif_of(orientation)
-        found[f"orientation {orientation}.jpg"] = Odd(encoded(scene, "JPEG", exif=exif, **fine), turn(scene), 4)
+        found[f"orientation {orientation}.jpg"] = Odd(
+            encoded(scene, "JPEG", exif=exif, **fine), turn(scene), 4
+        )
         found[f"orientation {orientation}.png"] = Odd(encoded(scene, "PNG", exif=exif), turn(scene))
         found[f"orientation {orientation}.tif"] = Odd(
             tiff(deep, photometric="rgb", extratags=[(274, 3, 1, orientation, True)]), turn(deep)
@@ -270,9 +389,12 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
 
 
 def bad_pictures(scene: np.ndarray) -> dict[str, Odd]:
-    """Files that must be refused: no picture, no format of ours, several frames, too small, declared far too large."""
+    """Files that must be refused: no picture, no format of ours, several frames, too small,
+    declared far too large."""
     jpeg = encoded(scene, "JPEG")
-    several: dict[str, Any] = dict(save_all=True, append_images=[Image.fromarray(scene[::-1].copy())])
+    several: dict[str, Any] = dict(
+        save_all=True, append_images=[Image.fromarray(scene[::-1].copy())]
+    )
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\n%%EndComments\nshowpage\n"
     found = {f"empty.{suffix}": b"" for suffix in ("png", "jpg", "tif", "bmp", "webp")}
     found |= {
@@ -300,27 +422,38 @@ def bad_pictures(scene: np.ndarray) -> dict[str, Odd]:
         "60000.png": png(scene, size=(60_000, 60_000)),
         "hollow.png": png(scene, size=(HUGE, HUGE)),
         "bomb.png": png(scene, size=(HUGE, HUGE), idat=zeros_deflated(3 * HUGE * HUGE)),
-        "bomb 16 bit.png": png(scene.astype(np.uint16), size=(HUGE, HUGE), idat=zeros_deflated(6 * HUGE * HUGE)),
+        "bomb 16 bit.png": png(
+            scene.astype(np.uint16), size=(HUGE, HUGE), idat=zeros_deflated(6 * HUGE * HUGE)
+        ),
         "bomb grey.png": png(scene[..., :1], size=(HUGE, HUGE), idat=zeros_deflated(HUGE * HUGE)),
         "profile bomb.png": png(scene, extra=chunk(b"iCCP", b"icc\0\0" + zeros_deflated(2**29))),
         "hollow.jpg": declared_jpeg(jpeg, HUGE, HUGE),
-        "hollow progressive.jpg": declared_jpeg(encoded(scene, "JPEG", progressive=True), HUGE, HUGE),
+        "hollow progressive.jpg": declared_jpeg(
+            encoded(scene, "JPEG", progressive=True), HUGE, HUGE
+        ),
         "65500.jpg": declared_jpeg(jpeg, 65_500, 65_500),
         "scans.jpg": scan_bomb(3000),
-        "hollow.bmp": encoded(scene, "BMP")[:18] + struct.pack("<ii", HUGE, HUGE) + encoded(scene, "BMP")[26:],
+        "hollow.bmp": (
+            encoded(scene, "BMP")[:18] + struct.pack("<ii", HUGE, HUGE) + encoded(scene, "BMP")[26:]
+        ),
         "hollow.tif": raw_tiff(tiff_tags(HUGE, HUGE), scene.tobytes()),
         "bomb.tif": raw_tiff(tiff_tags(HUGE, HUGE, compression=8), zeros_deflated(3 * HUGE * HUGE)),
         "bomb 16 bit.tif": raw_tiff(tiff_tags(HUGE, HUGE, 16, 8), zeros_deflated(6 * HUGE * HUGE)),
         "tile bomb.tif": raw_tiff(
-            tiff_tags(48, 40, compression=8, t322=[HUGE // 16 * 16], t323=[HUGE // 16 * 16]), zeros_deflated(3 * HUGE * HUGE)
+            tiff_tags(48, 40, compression=8, t322=[HUGE // 16 * 16], t323=[HUGE // 16 * 16]),
+            zeros_deflated(3 * HUGE * HUGE),
         ),
         "solid.webp": solid_webp(16_383, 10_000),
     }
     return {name: Odd(data) for name, data in found.items()} | {
         "endless strip 16 bit.tif": Odd(
-            raw_tiff(tiff_tags(48, 40, 16, 8), zeros_deflated(2**29)), np.zeros((40, 48, 3), np.uint16), may_refuse=True
+            raw_tiff(tiff_tags(48, 40, 16, 8), zeros_deflated(2**29)),
+            np.zeros((40, 48, 3), np.uint16),
+            may_refuse=True,
         ),
-        "endless data.png": Odd(png(scene, idat=zeros_deflated(2**29)), np.zeros_like(scene), may_refuse=True),
+        "endless data.png": Odd(
+            png(scene, idat=zeros_deflated(2**29)), np.zeros_like(scene), may_refuse=True
+        ),
         "solid small.webp": Odd(solid_webp(64, 32), np.full((32, 64, 3), 90, np.uint8)),
     }
 
@@ -333,7 +466,11 @@ def cut_pictures(scene: np.ndarray) -> dict[str, Odd]:
         "interlaced.png": (png(scene, interlaced=True), scene, 0.0),
         "16.png": (png(deep), deep, 0.0),
         "jpg": (encoded(scene, "JPEG", quality=95, subsampling=0), scene, 4.0),
-        "progressive.jpg": (encoded(scene, "JPEG", quality=95, subsampling=0, progressive=True), scene, 4.0),
+        "progressive.jpg": (
+            encoded(scene, "JPEG", quality=95, subsampling=0, progressive=True),
+            scene,
+            4.0,
+        ),
         "bmp": (encoded(scene, "BMP"), scene, 0.0),
         "webp": (encoded(scene, "WEBP", lossless=True), scene, 0.0),
         "tif": (encoded(scene, "TIFF"), scene, 0.0),
@@ -343,13 +480,23 @@ def cut_pictures(scene: np.ndarray) -> dict[str, Odd]:
     }
     found = {}
     for kind, (data, pixels, tolerance) in whole.items():
-        for place in (1, 9, 30, len(data) // 4, len(data) // 2, len(data) * 9 // 10, len(data) - 20, len(data) - 1):
+        for place in (
+            1,
+            9,
+            30,
+            len(data) // 4,
+            len(data) // 2,
+            len(data) * 9 // 10,
+            len(data) - 20,
+            len(data) - 1,
+        ):
             found[f"cut at {place}.{kind}"] = Odd(data[:place], pixels, tolerance, may_refuse=True)
     return found
 
 
 def make_corpus(folder: Path) -> dict[str, Odd]:
-    """Write every file into `folder`; returns them by name, with the links, the pipe and the folder that lie among them."""
+    """Write every file into `folder`; returns them by name, with the links, the pipe and the folder
+    that lie among them."""
     scene = target_picture(3)
     found = good_pictures(scene) | bad_pictures(scene) | cut_pictures(scene)
     folder.mkdir()
@@ -357,7 +504,11 @@ def make_corpus(folder: Path) -> dict[str, Odd]:
         (folder / name).write_bytes(odd.data)
     (folder / "linked.png").symlink_to("plain.png")
     (folder / "dangling.png").symlink_to("nowhere.png")
-    for name, target in (("loop a.png", "loop b.png"), ("loop b.png", "loop a.png"), ("again", ".")):
+    for name, target in (
+        ("loop a.png", "loop b.png"),
+        ("loop b.png", "loop a.png"),
+        ("again", "."),
+    ):
         (folder / name).symlink_to(target)
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "pipe.png")

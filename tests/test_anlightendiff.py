@@ -1,4 +1,5 @@
-"""AnlightenDiff: its diffusion against closed forms, its maps against hand-made pixels, its training through every mode."""
+"""AnlightenDiff: its diffusion against closed forms, its maps against hand-made pixels, its
+training through every mode."""
 
 from __future__ import annotations
 
@@ -37,14 +38,16 @@ def small_model(seed: int = 0, **changes: Any) -> ad.AnlightenDiff:
 def pictures(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(low, high) in [0, 1], `high` nowhere darker than `low`."""
     low = 0.2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    return low, low + (1 - low) * torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1))
+    return low, low + (1 - low) * torch.rand(
+        shape, generator=torch.Generator().manual_seed(seed + 1)
+    )
 
 
 def sample_of(low: Tensor, high: Tensor) -> ms.Sample:
     return ms.Sample(low, high, low, torch.tensor([ms.WHOLE_BOX]).expand(len(low), 4))
 
 
-# the diffusion --------------------------------------------------------------------------------------------------------
+# the diffusion ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timesteps", [10, 100])
@@ -56,7 +59,8 @@ def test_schedule_against_numpy(timesteps: int) -> None:
         expected.append(alpha_bar)
     found = ad.cosine_alpha_bars(timesteps).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    assert found[-1] == pytest.approx(found[-2] / 1000)  # the clip acts on the last step, whose cosine is 0
+    # the clip acts on the last step, whose cosine is 0
+    assert found[-1] == pytest.approx(found[-2] / 1000)
 
 
 def test_forward_is_the_papers_formula_and_undiffuse_its_inverse() -> None:
@@ -76,13 +80,15 @@ def steps_of(times: list[int], timesteps: int = 100) -> list[tuple[float, float]
     """(abar_t, abar_{t-1}) of each reverse step."""
     schedule = ad.cosine_alpha_bars(timesteps).tolist()
     return [
-        (schedule[t], schedule[earlier] if earlier >= 0 else 1.0) for t, earlier in zip(times, [*times[1:], -1], strict=True)
+        (schedule[t], schedule[earlier] if earlier >= 0 else 1.0)
+        for t, earlier in zip(times, [*times[1:], -1], strict=True)
     ]
 
 
 @pytest.mark.parametrize("steps", [0, 7, 1])
 def test_reverse_step_is_the_posterior_of_two_gaussians(steps: int) -> None:
-    """Bayes with x_{t-1} ~ DRDA given x0, and x_t given x_{t-1}: y = x - m shrinks by sqrt(alpha) and gains 1 - alpha."""
+    """Bayes with x_{t-1} ~ DRDA given x0, and x_t given x_{t-1}: y = x - m shrinks by sqrt(alpha)
+    and gains 1 - alpha."""
     x0, xt, m = 0.3, -0.8, 0.55
     for now, before in steps_of(ad.sampling_times(100, steps))[:-1]:
         alpha, prior_mean = now / before, m + math.sqrt(before) * (x0 - m)
@@ -99,9 +105,12 @@ def test_reverse_step_keeps_the_centre_and_the_marginals(steps: int) -> None:
     x0, m = -0.4, 0.7
     for now, before in steps_of(ad.sampling_times(100, steps)):
         step = ad.reverse_step(now, before)
-        assert step.residual + step.noisy + step.centre == pytest.approx(1, abs=1e-12)  # x0 = x_t = m is a fixed point
+        # x0 = x_t = m is a fixed point
+        assert step.residual + step.noisy + step.centre == pytest.approx(1, abs=1e-12)
         mean_of = {a: math.sqrt(a) * x0 + (1 - math.sqrt(a)) * m for a in (now, before)}  # DRDA's
-        assert step.residual * x0 + step.noisy * mean_of[now] + step.centre * m == pytest.approx(mean_of[before], abs=1e-12)
+        assert step.residual * x0 + step.noisy * mean_of[now] + step.centre * m == pytest.approx(
+            mean_of[before], abs=1e-12
+        )
         assert step.noisy**2 * (1 - now) + step.deviation**2 == pytest.approx(1 - before, abs=1e-12)
 
 
@@ -118,8 +127,11 @@ def test_sampling_times_are_even_and_reach_both_ends() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 4, 1])
-def test_the_true_noise_leads_from_the_centre_to_the_target(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    low, high = pictures(2, 3, 16, 16, seed=10)  # not the sampler's own seed, whose noise would resemble the pictures
+def test_the_true_noise_leads_from_the_centre_to_the_target(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # not the sampler's own seed, whose noise would resemble the pictures
+    low, high = pictures(2, 3, 16, 16, seed=10)
     model = small_model(timesteps=50, sampling_steps=steps)
     centre = model.predict_centre(low)[0].detach().clamp(0, 1).double()
     schedule, seen = ad.cosine_alpha_bars(50), []
@@ -135,27 +147,36 @@ def test_the_true_noise_leads_from_the_centre_to_the_target(steps: int, monkeypa
     assert (low - high).abs().mean() > 0.2
     with torch.no_grad():
         enhanced = model.enhance(low)
-    assert torch.allclose(enhanced, high, atol=5e-3 if steps == 1 else 1e-5)  # abar_T is 1e-6 in one step
+    # abar_T is 1e-6 in one step
+    assert torch.allclose(enhanced, high, atol=5e-3 if steps == 1 else 1e-5)
     assert [t for t, _ in seen] == ad.sampling_times(50, steps)
     anchor, residual = 2 * centre - 1, ad.to_residual(high, low).double()
     assert torch.allclose(seen[0][1], anchor.float(), atol=1e-6)  # no noise in the start
-    for t, noisy in seen:  # the way there leads through DRDA's means: nothing is left of either end but noise
+    # the way there leads through DRDA's means: nothing is left of either end but noise
+    for t, noisy in seen:
         left = noisy - ad.diffuse(residual, torch.zeros_like(residual), centre, schedule[t])
         for end in (anchor, residual):
             assert abs(float((left * end).sum() / (end * end).sum())) < 0.15, t
 
 
 @pytest.mark.parametrize(("start", "steps"), [(20, 0), (20, 4), (1, 1), (50, 5)])
-def test_a_later_start_is_the_centre_under_that_steps_noise(start: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_start_is_the_centre_under_that_steps_noise(
+    start: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the true noise leads from there, too, to the target."""
     low, high = pictures(2, 3, 16, 16, seed=10)
     model = small_model(timesteps=50, sampling_steps=steps, start_step=start)
-    centre, schedule = model.predict_centre(low)[0].detach().clamp(0, 1), ad.cosine_alpha_bars(50).float()
+    centre, schedule = (
+        model.predict_centre(low)[0].detach().clamp(0, 1),
+        ad.cosine_alpha_bars(50).float(),
+    )
     seen: list[tuple[int, Tensor]] = []
 
     def true_noise(noisy: Tensor, low: Tensor, t: Tensor, features: object) -> Tensor:
         seen.append((int(t[0]), noisy))
-        signal = ad.diffuse(ad.to_residual(high, low), torch.zeros_like(low), centre, schedule[t[0]])
+        signal = ad.diffuse(
+            ad.to_residual(high, low), torch.zeros_like(low), centre, schedule[t[0]]
+        )
         return (noisy - signal) / (1 - schedule[t[0]]).sqrt()
 
     monkeypatch.setattr(model, "predict_noise", true_noise)
@@ -174,7 +195,9 @@ def test_the_denoised_residual_is_clamped(monkeypatch: pytest.MonkeyPatch) -> No
     low, _ = pictures(1, 3, 16, 16)
     model = small_model()
     for noise, expected in ((1e6, low), (-1e6, torch.ones_like(low))):
-        monkeypatch.setattr(model, "predict_noise", lambda noisy, *_, noise=noise: torch.full_like(noisy, noise))
+        monkeypatch.setattr(
+            model, "predict_noise", lambda noisy, *_, noise=noise: torch.full_like(noisy, noise)
+        )
         with torch.no_grad():
             assert torch.allclose(model.enhance(low), expected, atol=1e-5)
 
@@ -187,18 +210,26 @@ def test_residual_and_picture_are_inverse() -> None:
     assert float(ad.to_residual(torch.tensor(0.75), torch.tensor(0.25))) == 0.0
 
 
-# what the condition U-Net sees ----------------------------------------------------------------------------------------
+# what the condition U-Net sees --------------------------------------------------------------------
 
 
 def test_colour_and_gradient_map_on_hand_made_pixels() -> None:
     low = torch.zeros(1, 3, 2, 3)
-    low[0, :, 0, 0], low[0, :, 0, 1], low[0, :, 1, 1] = (torch.tensor(rgb) for rgb in ([0.2, 0.1, 0.1], [0, 0, 0.3], [1.0] * 3))
+    low[0, :, 0, 0], low[0, :, 0, 1], low[0, :, 1, 1] = (
+        torch.tensor(rgb) for rgb in ([0.2, 0.1, 0.1], [0, 0, 0.3], [1.0] * 3)
+    )
     colours = ad.colour_map(low)
     third = 1 / 3
-    expected = [[[0.5, 0, 0], [0, third, 0]], [[0.25, 0, 0], [0, third, 0]], [[0.25, 1, 0], [0, third, 0]]]
+    expected = [
+        [[0.5, 0, 0], [0, third, 0]],
+        [[0.25, 0, 0], [0, third, 0]],
+        [[0.25, 1, 0], [0, third, 0]],
+    ]
     assert torch.allclose(colours[0], torch.tensor(expected), atol=1e-6)
     ramp = torch.tensor([[0.0, 0.1, 0.5], [0.3, 0.3, 0.4]])[None, None]
-    assert torch.allclose(ad.gradient_map(ramp)[0, 0], torch.tensor([[0.3, 0.4, 0.1], [0.0, 0.1, 0.0]]), atol=1e-6)
+    assert torch.allclose(
+        ad.gradient_map(ramp)[0, 0], torch.tensor([[0.3, 0.4, 0.1], [0.0, 0.1, 0.0]]), atol=1e-6
+    )
 
 
 def test_equalise_on_hand_made_pixels_and_against_counting() -> None:
@@ -214,14 +245,18 @@ def test_equalise_on_hand_made_pixels_and_against_counting() -> None:
     np.testing.assert_allclose(found, (ranks - darkest) / (levels.size - darkest), atol=1e-6)
 
 
-def test_the_predictor_sees_four_maps_and_adds_to_the_equalised_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_predictor_sees_four_maps_and_adds_to_the_equalised_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     low, _ = pictures(1, 3, 16, 16)
     model, seen = small_model(), []
     forward = model.predictor.forward
     monkeypatch.setattr(model.predictor, "forward", lambda x: (seen.append(x), forward(x))[1])
     centre, _ = model.predict_centre(low)
     colours = ad.colour_map(low)
-    assert torch.equal(seen[0], torch.cat([low, ad.equalise(low), colours, ad.gradient_map(colours)], 1))
+    assert torch.equal(
+        seen[0], torch.cat([low, ad.equalise(low), colours, ad.gradient_map(colours)], 1)
+    )
     assert torch.allclose(centre, ad.equalise(low) + forward(seen[0])[0])
     untrained = ad.AnlightenDiff(ad.AnlightenConfig(**SMALL))
     assert torch.equal(untrained.predict_centre(low)[0], ad.equalise(low))
@@ -229,7 +264,7 @@ def test_the_predictor_sees_four_maps_and_adds_to_the_equalised_input(monkeypatc
     assert shown.min() >= 0 and shown.max() <= 1
 
 
-# networks -------------------------------------------------------------------------------------------------------------
+# networks -----------------------------------------------------------------------------------------
 
 
 def test_filters_are_standardised() -> None:
@@ -242,7 +277,9 @@ def test_filters_are_standardised() -> None:
         one[:, :, 1, 1] = 1.0
         centre_taps = layer(one)[0, :, 1, 1]
     weight = layer.weight.detach().numpy()
-    expected = (weight - weight.mean((1, 2, 3), keepdims=True)) / weight.std((1, 2, 3), keepdims=True)
+    expected = (weight - weight.mean((1, 2, 3), keepdims=True)) / weight.std(
+        (1, 2, 3), keepdims=True
+    )
     np.testing.assert_allclose(centre_taps.numpy(), expected[:, :, 1, 1].sum(1), atol=1e-3)
 
 
@@ -251,16 +288,25 @@ def test_the_denoiser_listens_to_the_step_and_to_every_level_of_the_condition() 
     model, t = small_model(multipliers=[1, 2, 3]), torch.tensor([3])
     _, features = model.predict_centre(low)
     before = model.predict_noise(high, low, t, features)
-    assert [tuple(feature.shape[1:]) for feature in features] == [(8, 16, 16), (16, 8, 8), (24, 4, 4)]
+    assert [tuple(feature.shape[1:]) for feature in features] == [
+        (8, 16, 16),
+        (16, 8, 8),
+        (24, 4, 4),
+    ]
     assert not torch.allclose(model.predict_noise(high, low, t + 1, features), before, atol=1e-5)
     assert not torch.allclose(model.predict_noise(high, low + 0.1, t, features), before, atol=1e-5)
     for level in range(3):
-        changed = [feature * (2.0 if level == place else 1.0) for place, feature in enumerate(features)]
-        assert not torch.allclose(model.predict_noise(high, low, t, changed), before, atol=1e-5), level
+        changed = [
+            feature * (2.0 if level == place else 1.0) for place, feature in enumerate(features)
+        ]
+        assert not torch.allclose(model.predict_noise(high, low, t, changed), before, atol=1e-5), (
+            level
+        )
 
 
 def test_block_against_numpy() -> None:
-    """conv, instance norm, shift by the step, SiLU, conv, instance norm, SiLU; the input passes around them."""
+    """conv, instance norm, shift by the step, SiLU, conv, instance norm, SiLU; the input passes
+    around them."""
     torch.manual_seed(0)
     block = randomise(ad.Block(4, 6, 5), 0.5).double()
     x, time = torch.rand(2, 4, 7, 5, dtype=torch.float64), torch.rand(2, 5, dtype=torch.float64)
@@ -274,13 +320,19 @@ def test_block_against_numpy() -> None:
         return values / (1 + np.exp(-values))
 
     with torch.no_grad():
-        hidden = norm(block.norms[0], block.first(x).numpy()) + block.time(time).numpy()[:, :, None, None]
+        hidden = (
+            norm(block.norms[0], block.first(x).numpy())
+            + block.time(time).numpy()[:, :, None, None]
+        )
         hidden = norm(block.norms[1], block.second(torch.from_numpy(silu(hidden))).numpy())
-        np.testing.assert_allclose(block(x, time).numpy(), block.skip(x).numpy() + silu(hidden), atol=1e-12)
+        np.testing.assert_allclose(
+            block(x, time).numpy(), block.skip(x).numpy() + silu(hidden), atol=1e-12
+        )
 
 
 def test_the_conditions_features_are_added_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each level's block gets what the block above gave plus that level's feature, at half the size."""
+    """Each level's block gets what the block above gave plus that level's feature, at half the
+    size."""
     low, high = pictures(1, 3, 16, 16)
     model, t = small_model(multipliers=[1, 2, 3]), torch.tensor([3])
     features = [torch.randn_like(feature) for feature in model.predict_centre(low)[1]]
@@ -291,7 +343,9 @@ def test_the_conditions_features_are_added_level_by_level(monkeypatch: pytest.Mo
     for level, feature in enumerate(features):
         expected = seen[level][1] + feature
         below = seen[level + 1][0]
-        torch.testing.assert_close(below, expected if level == 2 else nn.functional.avg_pool2d(expected, 2))
+        torch.testing.assert_close(
+            below, expected if level == 2 else nn.functional.avg_pool2d(expected, 2)
+        )
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (40, 23)])
@@ -309,7 +363,9 @@ def test_every_parameter_is_trained() -> None:
     low, high = pictures(2, 3, 16, 16)
     model = small_model().train()
     sum(model.losses(sample_of(low, high)).values()).backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    dead = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not dead
 
 
@@ -321,7 +377,14 @@ def test_the_defaults_are_the_published_networks_and_schedule() -> None:
     with torch.device("meta"):
         model = ad.AnlightenDiff(config)
     assert (model.predictor.stem.in_channels, model.denoiser.stem.in_channels) == (12, 6)
-    assert [block.second.out_channels for block in model.denoiser.encoder] == [64, 128, 128, 256, 256, 512]
+    assert [block.second.out_channels for block in model.denoiser.encoder] == [
+        64,
+        128,
+        128,
+        256,
+        256,
+        512,
+    ]
 
 
 @pytest.mark.slow
@@ -332,21 +395,28 @@ def test_the_published_size_runs_forward_and_backward() -> None:
     assert 20e6 < sum(p.numel() for p in model.parameters()) < 60e6
 
 
-# losses ---------------------------------------------------------------------------------------------------------------
+# losses -------------------------------------------------------------------------------------------
 
 
-def seen_terms(model: ad.AnlightenDiff, low: Tensor, high: Tensor, guess: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+def seen_terms(
+    model: ad.AnlightenDiff, low: Tensor, high: Tensor, guess: Tensor
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The terms when the denoiser says `guess`, and what it was asked: noisy, low, t."""
     asked: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "predict_noise", lambda noisy, low, t, features: (asked.extend([noisy, low, t]), guess)[1])
+        patch.setattr(
+            model,
+            "predict_noise",
+            lambda noisy, low, t, features: (asked.extend([noisy, low, t]), guess)[1],
+        )
         terms = model.losses(sample_of(low, high))
     return {name: term.detach() for name, term in terms.items()}, asked
 
 
 @pytest.mark.parametrize("kind", ["ssim", "l1"])
 def test_losses_against_direct_computation(kind: str) -> None:
-    """The centre that was drawn is the one whose noise has the error that the noise term states: both must occur."""
+    """The centre that was drawn is the one whose noise has the error that the noise term states:
+    both must occur."""
     low, high = pictures(1, 3, 16, 16)
     model = small_model(dfpl_image_loss=kind, centre_weight=3.0, dfpl_weight=0.5, noise_weight=2.0)
     guess, predicted = torch.randn(low.shape), model.predict_centre(low)[0].detach()
@@ -359,10 +429,16 @@ def test_losses_against_direct_computation(kind: str) -> None:
         for name, centre in (("reference", high), ("predicted", predicted.clamp(0, 1))):
             signal = a**0.5 * (2 * (high - low) - 1) + (1 - a**0.5) * (2 * centre - 1)
             errors[name] = guess - (noisy - signal) / (1 - a) ** 0.5
-        (name,) = [n for n, error in errors.items() if float(terms["noise"]) == pytest.approx(2 * float((error**2).mean()))]
+        (name,) = [
+            n
+            for n, error in errors.items()
+            if float(terms["noise"]) == pytest.approx(2 * float((error**2).mean()))
+        ]
         ours = low + (noisy + (1 - a) ** 0.5 * errors[name] + 1) / 2
         theirs = low + (noisy + 1) / 2
-        expected = (ours - theirs).abs().mean() if kind == "l1" else 1 - ms.ssim(ours, theirs).mean()
+        expected = (
+            (ours - theirs).abs().mean() if kind == "l1" else 1 - ms.ssim(ours, theirs).mean()
+        )
         assert float(terms["dfpl"]) == pytest.approx(0.5 * float(expected), rel=1e-3, abs=1e-5)
         assert float(terms["centre"]) == pytest.approx(3 * float((predicted - high).abs().mean()))
         drawn[name] += 1
@@ -371,13 +447,15 @@ def test_losses_against_direct_computation(kind: str) -> None:
 
 
 def test_the_centre_is_the_prediction_or_the_reference_half_and_half() -> None:
-    """Told from x_t at the last step, where it is the centre's image and noise; 2000 pictures, 5 deviations."""
+    """Told from x_t at the last step, where it is the centre's image and noise; 2000 pictures, 5
+    deviations."""
     count = 2000
     low = torch.zeros(count, 3, 16, 16)
     model = small_model()
     predicted = torch.ones_like(low)
     features = [feature.expand(count, -1, -1, -1) for feature in model.predict_centre(low[:1])[1]]
-    model.predict_centre = lambda low: (predicted, features)  # a white prediction of a black reference
+    # a white prediction of a black reference
+    model.predict_centre = lambda low: (predicted, features)
     torch.manual_seed(0)
     _, (noisy, _, t) = seen_terms(model, low, torch.zeros_like(low), torch.zeros_like(low))
     late = t == 9
@@ -402,7 +480,8 @@ def test_the_denoiser_does_not_train_the_centre() -> None:
     model = small_model(centre_weight=0.0).train()
     sum(model.losses(sample_of(low, high)).values()).backward()
     assert all(p.grad is None for p in model.predictor.decoder.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in model.predictor.encoder.parameters())  # its features do steer the denoiser
+    # its features do steer the denoiser
+    assert all(p.grad.abs().sum() > 0 for p in model.predictor.encoder.parameters())
 
 
 class FakeLPIPS(nn.Module):
@@ -424,10 +503,14 @@ def forget_lpips() -> Iterator[None]:
     ad.lpips_vgg.cache_clear()
 
 
-def test_lpips_compares_in_its_range_and_is_no_part_of_the_model(monkeypatch: pytest.MonkeyPatch, forget_lpips: None) -> None:
+def test_lpips_compares_in_its_range_and_is_no_part_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, forget_lpips: None
+) -> None:
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=FakeLPIPS))
     low, high = pictures(2, 3, 16, 16)
-    assert float(ad.image_loss("lpips", low, high)) == pytest.approx(2 * float((low - high).abs().mean()))
+    assert float(ad.image_loss("lpips", low, high)) == pytest.approx(
+        2 * float((low - high).abs().mean())
+    )
     model = small_model(dfpl_image_loss="lpips").train()
     names = set(model.state_dict())
     model.make_optimizer()
@@ -437,7 +520,7 @@ def test_lpips_compares_in_its_range_and_is_no_part_of_the_model(monkeypatch: py
     assert network.weight.grad is None and not network.training
 
 
-# enhancement ----------------------------------------------------------------------------------------------------------
+# enhancement --------------------------------------------------------------------------------------
 
 
 def test_enhance_follows_its_seeds() -> None:
@@ -448,7 +531,8 @@ def test_enhance_follows_its_seeds() -> None:
         torch.manual_seed(5)
         state = torch.get_rng_state()
         best = model.enhance(low)
-        assert torch.equal(torch.get_rng_state(), state)  # a validation must not change the training around it
+        # a validation must not change the training around it
+        assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(6)
         assert torch.equal(model.enhance(low), best)
         assert not torch.equal(other.enhance(low), best)
@@ -461,7 +545,8 @@ def test_enhance_follows_its_seeds() -> None:
         assert torch.equal(drawn(1, 1.0), first)
         assert not torch.equal(drawn(2, 1.0), first) and not torch.equal(drawn(1, 0.5), first)
         torch.manual_seed(1)
-        assert not torch.equal(model.enhance(low, 1.0), model.enhance(low, 1.0))  # two alternatives in a row differ
+        # two alternatives in a row differ
+        assert not torch.equal(model.enhance(low, 1.0), model.enhance(low, 1.0))
 
 
 def test_temperature_scales_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +576,7 @@ def test_sampling_shows_its_progress_only_when_asked(capsys: pytest.CaptureFixtu
         assert ("sampling" in capsys.readouterr().err) == shown
 
 
-# training and modes ---------------------------------------------------------------------------------------------------
+# training and modes -------------------------------------------------------------------------------
 
 
 def test_training_lowers_the_losses() -> None:
@@ -507,7 +592,9 @@ def test_training_lowers_the_losses() -> None:
         optimizer.step()
         history.append({name: float(term.detach()) for name, term in terms.items()})
     for name in ("centre", "noise", "dfpl"):
-        first, last = (np.mean([terms[name] for terms in part]) for part in (history[:4], history[-4:]))
+        first, last = (
+            np.mean([terms[name] for terms in part]) for part in (history[:4], history[-4:])
+        )
         assert last < 0.8 * first, name
 
 
@@ -517,7 +604,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data: Path, folder: Path, *arguments: str, **changes: Any) -> int:
-    """`arguments` through the command line under the tiny settings, reading `data` and writing below `folder`."""
+    """`arguments` through the command line under the tiny settings, reading `data` and writing
+    below `folder`."""
     outputs = {f"{kind}_dir": str(folder / kind) for kind in ("checkpoint", "log", "results")}
     path = folder / "config.json"
     path.write_text(json.dumps(tiny_config(data) | SMALL | outputs | changes), encoding="utf-8")
@@ -545,19 +633,43 @@ def test_every_mode_and_an_exact_resume(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "straight"
     assert run(data, folder, "--mode", "evaluate") == 0
     (results,) = (folder / "results").glob("eval_*")
-    assert {"0.png", "0_centre.png", "0_viz.png"} <= {path.name for path in (results / "images").iterdir()}
+    assert {"0.png", "0_centre.png", "0_viz.png"} <= {
+        path.name for path in (results / "images").iterdir()
+    }
     low = str(data / "data" / "eval" / "low" / "0.png")
     outputs = [str(folder / name) for name in ("a.png", "b.png")]
     for output in outputs:
         assert run(data, folder, "--mode", "enhance", "--input", low, "--output", output) == 0
     assert Path(outputs[0]).read_bytes() == Path(outputs[1]).read_bytes()
     assert ms.read_image(outputs[0]).shape == ms.read_image(low).shape
-    assert run(data, folder, "--mode", "enhance", "--input", low, "--output", outputs[0], "--set", "samples=2") == 0
-    assert run(data, folder, "--mode", "evaluate", "--set", "timesteps=20") == 2  # it would misread every step
+    assert (
+        run(
+            data,
+            folder,
+            "--mode",
+            "enhance",
+            "--input",
+            low,
+            "--output",
+            outputs[0],
+            "--set",
+            "samples=2",
+        )
+        == 0
+    )
+    # it would misread every step
+    assert run(data, folder, "--mode", "evaluate", "--set", "timesteps=20") == 2
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--set", "image_size=32,32", "--set", "max_minutes=0.0001", "--set", "sampling_steps=1"]
+    small = [
+        "--set",
+        "image_size=32,32",
+        "--set",
+        "max_minutes=0.0001",
+        "--set",
+        "sampling_steps=1",
+    ]
     assert run(tmp_path, tmp_path, "--mode", "demo", *small) == 0
     assert "ours" in capsys.readouterr().out
     assert list(tmp_path.glob("results/demo_*/demo.csv"))
@@ -577,7 +689,10 @@ def after_bars(text: str) -> str:
         ({"sampling_steps": 5, "start_step": 4}, ["sampling_steps", "start_step (4)"]),
         ({"start_step": 11}, ["start_step", "timesteps (10)"]),
         ({"width": 9}, ["width must be even"]),
-        ({"noise_weight": 0, "dfpl_weight": 0, "centre_weight": 0}, ["noise_weight, dfpl_weight and centre_weight"]),
+        (
+            {"noise_weight": 0, "dfpl_weight": 0, "centre_weight": 0},
+            ["noise_weight, dfpl_weight and centre_weight"],
+        ),
         ({"dfpl_image_los": "l1"}, ["unknown key dfpl_image_los", "dfpl_image_loss"]),
         ({"dfpl_image_loss": "vgg"}, ["dfpl_image_loss", "ssim, l1, lpips"]),
     ],
@@ -600,7 +715,11 @@ def test_mistakes_are_one_line(
 
 
 def test_lpips_without_its_weights_is_one_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forget_lpips: None
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forget_lpips: None,
 ) -> None:
     def offline(**_: Any) -> nn.Module:
         raise OSError("no route to host")
@@ -608,13 +727,18 @@ def test_lpips_without_its_weights_is_one_line(
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=offline))
     status = run(data, tmp_path, "--mode", "train", dfpl_image_loss="lpips")
     assert_one_line_error(
-        status, after_bars(capsys.readouterr().err), "could not load its weights (OSError)", "dfpl_image_loss=ssim"
+        status,
+        after_bars(capsys.readouterr().err),
+        "could not load its weights (OSError)",
+        "dfpl_image_loss=ssim",
     )
 
 
 def test_lion_is_built_from_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lion(torch.optim.SGD):
-        def __init__(self, parameters: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        def __init__(
+            self, parameters: Any, lr: float, betas: tuple[float, float], weight_decay: float
+        ) -> None:
             assert betas == (0.9, 0.99)
             super().__init__(parameters, lr, weight_decay=weight_decay)
 
@@ -623,7 +747,11 @@ def test_lion_is_built_from_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = model.make_optimizer()
     assert isinstance(optimizer, Lion)
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], len(group["params"])) == (4e-4, 0.3, len(list(model.parameters())))
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (
+        4e-4,
+        0.3,
+        len(list(model.parameters())),
+    )
     assert isinstance(small_model().make_optimizer(), torch.optim.AdamW)
 
 
@@ -640,8 +768,20 @@ def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> Non
     config = ms.apply_settings(ad.AnlightenConfig(), ms.read_config_file(str(recipe)), str(recipe))
     assert config.checkpoint_dir == "checkpoints/anlightendiff" and config.image_size == [128, 128]
     assert sum(p.numel() for p in ad.AnlightenDiff(config).parameters()) < 2e6
-    command = [sys.executable, "-m", "baselines.anlightendiff", "--mode", "train", "--config", str(recipe), "--set", "widht=8"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "baselines.anlightendiff",
+        "--mode",
+        "train",
+        "--config",
+        str(recipe),
+        "--set",
+        "widht=8",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert_one_line_error(done.returncode, done.stderr, "unknown key widht", "width")
 
 

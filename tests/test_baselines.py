@@ -14,7 +14,13 @@ from baselines import SYSTEMS, classes
 BASELINES = [name for name in SYSTEMS if name != "ConditionalFlow"]
 SMALL: dict[str, dict[str, Any]] = {
     "RetinexNet": {"channels": 4},
-    "UPTFlow": {"encoder_width": 4, "encoder_blocks": 1, "refinement_blocks": 1, "flow_steps": 1, "flow_channels": 8},
+    "UPTFlow": {
+        "encoder_width": 4,
+        "encoder_blocks": 1,
+        "refinement_blocks": 1,
+        "flow_steps": 1,
+        "flow_channels": 8,
+    },
     "AnlightenDiff": {"width": 8, "multipliers": [1, 2], "timesteps": 4},
 }
 
@@ -40,11 +46,15 @@ def another(key: dataclasses.Field, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_help_lists_every_key_that_does_something(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_key_that_does_something(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config_class = classes(name)[1]
     with pytest.raises(SystemExit):
         ms.parse_command_line(["--help"], config_class)
-    shown, _, last = capsys.readouterr().out.partition("of the shared keys these change nothing here: ")
+    shown, _, last = capsys.readouterr().out.partition(
+        "of the shared keys these change nothing here: "
+    )
     assert last.strip().split(", ") == list(config_class.unused)
     for key in dataclasses.fields(config_class):
         assert (f"  {key.name} = " in shown) == (key.name not in config_class.unused)

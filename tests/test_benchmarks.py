@@ -21,7 +21,9 @@ from PIL import Image
 import model_script as ms
 
 FOLDER = ROOT / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+NAMES = sorted(
+    path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +81,15 @@ def test_a_soak_ends_badly_where_memory_grows(capsys: pytest.CaptureFixture[str]
             soak.judge(samples)
 
 
-def test_a_soak_refuses_a_folder_that_holds_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soak_refuses_a_folder_that_holds_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "best_model.pth").touch()
     with pytest.raises(SystemExit) as ended:
         run("soak", "--set", f"checkpoint_dir={tmp_path}")
-    assert_one_line_error(int(str(ended.value.code)), capsys.readouterr().err, str(tmp_path / "best_model.pth"))
+    assert_one_line_error(
+        int(str(ended.value.code)), capsys.readouterr().err, str(tmp_path / "best_model.pth")
+    )
 
 
 def test_by_turns_warms_up_and_waits_for_every_call() -> None:
@@ -98,7 +104,9 @@ def test_the_stand_in_trains_where_its_pictures_are() -> None:
     assert importlib.import_module("train_speed").StandIn().to("meta").loss(low, low).is_meta
 
 
-def test_a_bench_that_breaks_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_that_breaks_keeps_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = importlib.import_module("bench")
 
     def breaks(*_: object) -> Iterator[list[dict[str, object]]]:
@@ -130,16 +138,29 @@ def test_bench_measures_every_part(tmp_path: Path) -> None:
 def folders(data: Path) -> list[str]:
     """--set arguments that name tiny training and evaluation pairs, and write below `data`."""
     pairs = [
-        f"{part}_{kind}_dir={data / 'data' / part / kind}" for part in ("train", "val", "eval") for kind in ("low", "high")
+        f"{part}_{kind}_dir={data / 'data' / part / kind}"
+        for part in ("train", "val", "eval")
+        for kind in ("low", "high")
     ]
     places = [f"results_dir={data / 'results'}", "cache_megabytes=64"]
     return [text for pair in pairs + places for text in ("--set", pair)]
 
 
 @pytest.mark.slow
-def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_trains_scores_and_shows_every_system(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_data(tmp_path, train=6, evaluation=2)
-    run("compare", "--minutes", "0.001", *folders(tmp_path), "--set", "eval_size=64,64", "--set", "image_size=64,64")
+    run(
+        "compare",
+        "--minutes",
+        "0.001",
+        *folders(tmp_path),
+        "--set",
+        "eval_size=64,64",
+        "--set",
+        "image_size=64,64",
+    )
     (results,) = (tmp_path / "results").glob("comparison_*")
     with open(results / "comparison.csv", newline="") as stream:
         rows = {row["system"]: row for row in csv.DictReader(stream)}
@@ -148,24 +169,42 @@ def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys:
     for name, row in rows.items():
         assert 0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1
         costs = ("parameters_M", "train_images_per_s", "seconds_600x400", "MiB_600x400")
-        assert all(float(row[key]) > 0 for key in costs) if name in systems else not any(row[key] for key in costs)
+        assert (
+            all(float(row[key]) > 0 for key in costs)
+            if name in systems
+            else not any(row[key] for key in costs)
+        )
     assert len(list((results / "strips").iterdir())) == 2
     table = (results / "comparison.md").read_text()
     assert table.count("\n| ") == 6 and table in capsys.readouterr().out
 
     weights = next((results / "weights" / "ConditionalFlow").glob("best_model.pth"))
-    evaluate = ["--mode", "evaluate", "--checkpoint", str(weights), *folders(tmp_path), "--set", "eval_size=64,64"]
+    evaluate = [
+        "--mode",
+        "evaluate",
+        "--checkpoint",
+        str(weights),
+        *folders(tmp_path),
+        "--set",
+        "eval_size=64,64",
+    ]
     assert ms.main(evaluate) == 0
     (summary,) = (tmp_path / "results").glob("eval_*/summary.json")
     scores = json.loads(summary.read_text())["metrics"]
     for metric in ("psnr", "ssim", "ciede2000"):
-        assert float(rows["ConditionalFlow"][metric]) == pytest.approx(scores[metric]["mean"], abs=1e-3)
+        assert float(rows["ConditionalFlow"][metric]) == pytest.approx(
+            scores[metric]["mean"], abs=1e-3
+        )
     expected = []
     for path in sorted((tmp_path / "data" / "eval" / "low").iterdir()):
-        low, high = (ms.to_tensor(np.asarray(Image.open(p)))[None] for p in (path, path.parent.parent / "high" / path.name))
+        low, high = (
+            ms.to_tensor(np.asarray(Image.open(p)))[None]
+            for p in (path, path.parent.parent / "high" / path.name)
+        )
         low, high = (ms.resize(image, [64, 64], quantise=True).double() for image in (low, high))
         expected.append(float(-10 * ((low**0.4 - high) ** 2).mean().log10()))
-    assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)  # the evaluator's is of 8 bits
+    # the evaluator's is of 8 bits
+    assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +220,11 @@ def test_comparison_trains_scores_and_shows_every_system(tmp_path: Path, capsys:
     ],
 )
 def test_mistakes_are_one_line_before_any_training(
-    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compare = importlib.import_module("compare")
     monkeypatch.chdir(tmp_path)
@@ -196,12 +239,18 @@ def test_weights_of_another_system_are_told_before_any_training(
 ) -> None:
     findings = importlib.import_module("retinexnet_findings")
     given = f"split, transposed={ms.RELEASE}"
-    monkeypatch.setattr(sys, "argv", ["retinexnet_findings.py", "--weights", given, *folders(make_data(tmp_path, 2, 1))])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["retinexnet_findings.py", "--weights", given, *folders(make_data(tmp_path, 2, 1))],
+    )
     assert_one_line_error(findings.main(), capsys.readouterr().err, "ConditionalFlow", "RetinexNet")
     assert not (tmp_path / "results").exists()
 
 
-def test_an_interrupted_training_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compare = importlib.import_module("compare")
     monkeypatch.setattr(compare.ms.Trainer, "fit", lambda self: 130)
     monkeypatch.setattr(sys, "argv", ["compare.py", *folders(make_data(tmp_path, 6, 1))])
@@ -223,7 +272,8 @@ def test_findings_on_hand_made_pictures() -> None:
     assert zones[:4].all() and not zones[12:].any() and zones.mean() == pytest.approx(0.2, abs=0.02)
     assert np.abs(findings.detail(np.full((9, 9, 3), 0.3))).max() < 1e-12
     noise = rng.normal(0, 0.1, (200, 200, 3))
-    left = 1 - 2 / (2 * np.pi * 4) + 1 / (4 * np.pi * 4)  # of white noise's variance: 1 - 2 g(0) + sum of g^2
+    # of white noise's variance: 1 - 2 g(0) + sum of g^2
+    left = 1 - 2 / (2 * np.pi * 4) + 1 / (4 * np.pi * 4)
     assert findings.detail(noise).std() == pytest.approx(0.1 * left**0.5, rel=0.02)
     ramp = np.linspace(0, 1, 200)[None, :, None].repeat(9, 0).repeat(3, 2)
     assert np.abs(findings.detail(ramp)[:, 20:-20]).max() < 1e-9
@@ -237,7 +287,9 @@ def test_retinexnet_findings_trains_and_measures_every_variant(tmp_path: Path) -
     (results,) = (tmp_path / "results").glob("retinexnet_findings_*")
     with open(results / "findings.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["variant"] for row in rows] == list(importlib.import_module("retinexnet_findings").VARIANTS)
+    assert [row["variant"] for row in rows] == list(
+        importlib.import_module("retinexnet_findings").VARIANTS
+    )
     assert all(float(row["plain noise"]) > 0 and 0 <= float(row["white"]) <= 1 for row in rows)
     assert float(rows[-1]["relit"]) == 1.0  # ignore_ienhance: the illumination is left out
     assert len(list(results.glob("*.png"))) == len(rows)
@@ -245,13 +297,28 @@ def test_retinexnet_findings_trains_and_measures_every_variant(tmp_path: Path) -
 
 def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
     make_data(tmp_path, train=6)
-    small = ["flow_channels=8", "thumbnail_size=32", "crop_size=32", "image_size=32,32", "batch_size=1"]
+    small = [
+        "flow_channels=8",
+        "thumbnail_size=32",
+        "crop_size=32",
+        "image_size=32,32",
+        "batch_size=1",
+    ]
     chosen = [text for pair in small for text in ("--set", pair)]
-    variants = ["recipe", "without global branch", "without flow (direct regression)", "input itself"]
+    variants = [
+        "recipe",
+        "without global branch",
+        "without flow (direct regression)",
+        "input itself",
+    ]
     for variant in variants:
         run("ablation", variant, "--minutes", "0.001", *folders(tmp_path), *chosen)
     with open(tmp_path / "results" / "ablation.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["variant"] for row in rows] == variants
-    assert all(0 < float(row["psnr"]) < 60 and (float(row["steps"]) >= 1) == (row["variant"] != variants[3]) for row in rows)
+    assert all(
+        0 < float(row["psnr"]) < 60
+        and (float(row["steps"]) >= 1) == (row["variant"] != variants[3])
+        for row in rows
+    )
     assert rows[2]["bits_per_dim"] == "nan" and float(rows[0]["bits_per_dim"]) > 0

@@ -1,4 +1,5 @@
-"""The page in a real headless browser: Debian's Chromium, driven by Playwright. Skipped where either is missing."""
+"""The page in a real headless browser: Debian's Chromium, driven by Playwright. Skipped where
+either is missing."""
 
 from __future__ import annotations
 
@@ -22,12 +23,22 @@ import model_script as ms
 
 for package in ("flask", "waitress", "playwright"):
     pytest.importorskip(package, reason=f"the optional package {package} is not installed")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
+)
 
 from test_web import write_checkpoint  # noqa: E402
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +48,26 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    models = [str(part) for seed in (1, 2) for part in ("--checkpoint", write_checkpoint(folder / f"{seed}.pth", seed))]
+    models = [
+        str(part)
+        for seed in (1, 2)
+        for part in ("--checkpoint", write_checkpoint(folder / f"{seed}.pth", seed))
+    ]
     script = str(Path(ms.__file__).with_name("web_app.py"))
-    command = [sys.executable, script, *models, "--port", str(port), "--max-megabytes", "1", "--set", "device=cpu"]
-    process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        script,
+        *models,
+        "--port",
+        str(port),
+        "--max-megabytes",
+        "1",
+        "--set",
+        "device=cpu",
+    ]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline().startswith("open http")
     ends = time.monotonic() + 30
     while socket.socket().connect_ex(("127.0.0.1", port)):
@@ -49,7 +76,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}/"
     process.terminate()
     process.wait(10)
-    assert {path.name for path in folder.iterdir()} == {"1.pth", "2.pth"}  # nothing of an upload is left
+    # nothing of an upload is left
+    assert {path.name for path in folder.iterdir()} == {"1.pth", "2.pth"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +95,10 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     """The open page at desktop width; whatever it complains of on its console fails the test."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
     complaints: list[str] = []
-    opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    opened.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type == "error" else None,
+    )
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.goto(address)
     yield opened
@@ -94,8 +125,12 @@ def says(page: Any, words: str) -> None:
 def finished(page: Any, figures: int = 1) -> None:
     says(page, "done")
     assert page.locator("figure").count() == figures
-    ends = time.monotonic() + 30  # not Playwright's own waiting for a function: the page's policy forbids eval
-    while not page.evaluate("[...document.querySelectorAll('figure .after')].every((i) => i.complete && i.naturalWidth > 0)"):
+    # not Playwright's own waiting for a function: the page's policy forbids eval
+    ends = time.monotonic() + 30
+    while not page.evaluate(
+        "[...document.querySelectorAll('figure .after')].every((i) => i.complete && i.naturalWidth"
+        " > 0)"
+    ):
         assert time.monotonic() < ends
         time.sleep(0.05)
 
@@ -109,7 +144,9 @@ def screenshot(page: Any, name: str) -> None:
 def test_upload_and_slider(page: Any, low: Path) -> None:
     choose(page, low)
     finished(page)
-    assert page.eval_on_selector(".after", "image => [image.naturalWidth, image.naturalHeight]") == [400, 300]
+    assert page.eval_on_selector(
+        ".after", "image => [image.naturalWidth, image.naturalHeight]"
+    ) == [400, 300]
     box = page.locator(".compare").bounding_box()
     clips = []
     for share in (0.2, 0.8):
@@ -118,7 +155,9 @@ def test_upload_and_slider(page: Any, low: Path) -> None:
         bar = page.locator(".bar").bounding_box()
         assert bar["x"] == pytest.approx(box["x"] + share * box["width"], abs=12)
     assert clips[0] != clips[1]
-    shown = np.asarray(Image.open(io.BytesIO(page.locator(".compare").screenshot())).convert("RGB")).astype(float)
+    shown = np.asarray(
+        Image.open(io.BytesIO(page.locator(".compare").screenshot())).convert("RGB")
+    ).astype(float)
     left, right = shown[:, : int(shown.shape[1] * 0.7)], shown[:, int(shown.shape[1] * 0.85) :]
     assert abs(left.mean() - right.mean()) > 5  # input on one side, result on the other
     screenshot(page, "desktop.png")
@@ -139,13 +178,18 @@ def test_exposure_alternatives_and_uncertainty(page: Any, low: Path) -> None:
     page.check("#uncertainty")
     choose(page, low)
     finished(page)
-    assert page.locator(".which option").all_text_contents() == ["best", "alternative 1", "alternative 2"]
+    assert page.locator(".which option").all_text_contents() == [
+        "best",
+        "alternative 1",
+        "alternative 2",
+    ]
     page.check(".heat-on")
     assert page.locator(".heat").is_visible()
     before = page.get_attribute(".after", "src")
     page.eval_on_selector(
         "#exposure",
-        "range => { range.value = 1; range.dispatchEvent(new Event('input')); range.dispatchEvent(new Event('change')); }",
+        "range => { range.value = 1; range.dispatchEvent(new Event('input'));"
+        " range.dispatchEvent(new Event('change')); }",
     )
     assert page.get_attribute(".after", "src") != before and "1 stops" in page.inner_text("#stops")
     page.select_option(".which", "sample2")

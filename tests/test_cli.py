@@ -1,4 +1,5 @@
-"""The command line as a user meets it: every mode, what it writes, and one line for every mistake."""
+"""The command line as a user meets it: every mode, what it writes, and one line for every
+mistake."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ TWIN = "2"  # the evaluation pair whose target is also a training target
 
 
 class Workshop:
-    """A folder with data, a config with relative paths, and what train and evaluate made of them."""
+    """A folder with data, a config with relative paths, and what train and evaluate made of
+    them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +69,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     write_config(shop.folder, **tiny_config(Path("."), num_epochs=1))
     shop.trained = run_script("--mode", "train", "--config", "config.json", cwd=shop.folder)
     assert shop.trained.returncode == 0, shop.trained.stderr
-    evaluate = ("--mode", "evaluate", "--checkpoint", "ckpt/best_model.pth", "--config", "config.json")
+    evaluate = (
+        "--mode",
+        "evaluate",
+        "--checkpoint",
+        "ckpt/best_model.pth",
+        "--config",
+        "config.json",
+    )
     shop.evaluated = run_script(*evaluate, cwd=shop.folder)
     assert shop.evaluated.returncode == 0, shop.evaluated.stderr
     return shop
@@ -84,14 +93,23 @@ def pixels_of(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-# train and evaluate --------------------------------------------------------------------------------------------------
+# train and evaluate -------------------------------------------------------------------------------
 
 
 def test_train_says_what_it_does_and_writes_only_its_outputs(workshop: Workshop) -> None:
     assert "5 training and 1 validation pairs" in workshop.trained.stdout
     assert "ckpt/best_model.pth" in workshop.trained.stdout
-    assert {path.name for path in (workshop.folder / "ckpt").glob("[!.]*")} == {"best_model.pth", "checkpoint_epoch_1.pth"}
-    assert {path.name for path in workshop.folder.iterdir()} == {"data", "config.json", "ckpt", "logs", "results"}
+    assert {path.name for path in (workshop.folder / "ckpt").glob("[!.]*")} == {
+        "best_model.pth",
+        "checkpoint_epoch_1.pth",
+    }
+    assert {path.name for path in workshop.folder.iterdir()} == {
+        "data",
+        "config.json",
+        "ckpt",
+        "logs",
+        "results",
+    }
 
 
 def test_libraries_do_not_chatter(workshop: Workshop) -> None:
@@ -104,12 +122,21 @@ def test_evaluation_files(workshop: Workshop) -> None:
     assert [row["filename"] for row in rows] == ["0.png", "1.png", "2.png"]
     names = {f"{stem}{suffix}.png" for stem in "012" for suffix in ("", "_viz")}
     assert {path.name for path in (workshop.results / "images").iterdir()} == names
-    assert {path.name for path in workshop.results.iterdir()} == {"metrics.csv", "summary.json", "overview.png", "images"}
-    assert {path.name for path in (workshop.folder / "results").iterdir()} == {workshop.results.name, "evaluation_results.json"}
+    assert {path.name for path in workshop.results.iterdir()} == {
+        "metrics.csv",
+        "summary.json",
+        "overview.png",
+        "images",
+    }
+    assert {path.name for path in (workshop.folder / "results").iterdir()} == {
+        workshop.results.name,
+        "evaluation_results.json",
+    }
     for stem in "012":
         assert Image.open(workshop.results / "images" / f"{stem}.png").size == (32, 32)
         width, height = Image.open(workshop.results / "images" / f"{stem}_viz.png").size
-        assert width == 3 * 200 + 2 * 4 and 200 < height < 240  # three pictures enlarged for their captions
+        # three pictures enlarged for their captions
+        assert width == 3 * 200 + 2 * 4 and 200 < height < 240
     overview = Image.open(workshop.results / "overview.png")
     assert 1200 <= overview.width <= 1220 and overview.height > 3 * 390
 
@@ -119,7 +146,10 @@ def test_scores_are_those_of_the_written_pictures(workshop: Workshop) -> None:
         enhanced = pixels_of(workshop.results / "images" / row["filename"]) / 255
         with Image.open(workshop.folder / "data" / "eval" / "high" / row["filename"]) as target:
             high = (
-                ms.resize(ms.to_tensor(np.asarray(target))[None], (32, 32), quantise=True)[0].permute(1, 2, 0).double().numpy()
+                ms.resize(ms.to_tensor(np.asarray(target))[None], (32, 32), quantise=True)[0]
+                .permute(1, 2, 0)
+                .double()
+                .numpy()
             )
         psnr = skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1)
         ssim = skimage.metrics.structural_similarity(high, enhanced, data_range=1, channel_axis=2)
@@ -141,7 +171,16 @@ def test_twins_of_training_targets_are_flagged(workshop: Workshop) -> None:
 def test_summary_agrees_with_the_table(workshop: Workshop) -> None:
     summary = json.loads((workshop.results / "summary.json").read_text())
     assert set(summary) == {
-        *("num_images", "psnr", "ssim", "metrics", "without_twins", "protocol", "seconds_per_image", "checkpoint"),
+        *(
+            "num_images",
+            "psnr",
+            "ssim",
+            "metrics",
+            "without_twins",
+            "protocol",
+            "seconds_per_image",
+            "checkpoint",
+        ),
         *("checkpoint_sha256", "data", "device", "versions", "config"),
     }
     rows = workshop.rows()
@@ -154,7 +193,10 @@ def test_summary_agrees_with_the_table(workshop: Workshop) -> None:
         assert entry["uses_ground_truth"] is name.endswith("gt_mean"), name
     worst = min(rows, key=lambda row: float(row["psnr"]))
     assert summary["metrics"]["psnr"]["worst_file"] == worst["filename"]
-    assert summary["psnr"] == summary["metrics"]["psnr"]["mean"] and summary["ssim"] == summary["metrics"]["ssim"]["mean"]
+    assert (
+        summary["psnr"] == summary["metrics"]["psnr"]["mean"]
+        and summary["ssim"] == summary["metrics"]["ssim"]["mean"]
+    )
     assert "32x32" in summary["protocol"]
     assert summary["config"]["flow_channels"] == TINY["flow_channels"]
     brief = json.loads((workshop.folder / "results" / "evaluation_results.json").read_text())
@@ -163,17 +205,34 @@ def test_summary_agrees_with_the_table(workshop: Workshop) -> None:
     assert (workshop.folder / brief["results_dir"]) == workshop.results
 
 
-def test_eval_size_native_scores_at_the_pictures_own_size(workshop: Workshop, tmp_path: Path) -> None:
+def test_eval_size_native_scores_at_the_pictures_own_size(
+    workshop: Workshop, tmp_path: Path
+) -> None:
     settings = tiny_config(workshop.folder, results_dir=str(tmp_path), eval_size="native")
     config = tmp_path / "native.json"
     config.write_text(json.dumps(settings))
-    assert ms.main(["--mode", "evaluate", "--checkpoint", str(workshop.checkpoint), "--config", str(config)]) == 0
+    assert (
+        ms.main(
+            [
+                "--mode",
+                "evaluate",
+                "--checkpoint",
+                str(workshop.checkpoint),
+                "--config",
+                str(config),
+            ]
+        )
+        == 0
+    )
     (results,) = tmp_path.glob("eval_*")
     summary = json.loads((results / "summary.json").read_text())
     assert summary["protocol"] == "native resolution"
     scores = []
     for name in ("0.png", "1.png", "2.png"):
-        enhanced, high = pixels_of(results / "images" / name) / 255, pixels_of(workshop.folder / "data/eval/high" / name) / 255
+        enhanced, high = (
+            pixels_of(results / "images" / name) / 255,
+            pixels_of(workshop.folder / "data/eval/high" / name) / 255,
+        )
         assert enhanced.shape == (40, 48, 3)
         scores.append(skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1))
     assert summary["psnr"] == pytest.approx(np.mean(scores), abs=0.05)
@@ -189,7 +248,12 @@ def test_without_the_training_thumbnails_no_pair_is_flagged(
     torch.save(content, tmp_path / "anonymous.pth")
     settings = tiny_config(workshop.folder, results_dir=str(tmp_path / "results"))
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    files = ["--checkpoint", str(tmp_path / "anonymous.pth"), "--config", str(tmp_path / "config.json")]
+    files = [
+        "--checkpoint",
+        str(tmp_path / "anonymous.pth"),
+        "--config",
+        str(tmp_path / "config.json"),
+    ]
     assert ms.main(["--mode", "evaluate", *files]) == 0
     assert "no pair is flagged" in capsys.readouterr().out
     (path,) = (tmp_path / "results").glob("eval_*/metrics.csv")
@@ -197,9 +261,17 @@ def test_without_the_training_thumbnails_no_pair_is_flagged(
         assert [row["twin_in_training"] for row in csv.DictReader(stream)] == ["", "", ""]
 
 
-def test_chosen_scenes_are_evaluated_alone(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [f"eval_{kind}_dir={workshop.folder / 'data/eval' / kind}" for kind in ("low", "high")]
-    common = [part for text in (*folders, f"results_dir={workshop.folder / 'some'}") for part in ("--set", text)]
+def test_chosen_scenes_are_evaluated_alone(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        f"eval_{kind}_dir={workshop.folder / 'data/eval' / kind}" for kind in ("low", "high")
+    ]
+    common = [
+        part
+        for text in (*folders, f"results_dir={workshop.folder / 'some'}")
+        for part in ("--set", text)
+    ]
     arguments = ["--mode", "evaluate", "--checkpoint", str(workshop.checkpoint), *common]
     assert ms.main([*arguments, "--set", "scenes=2, 0"]) == 0
     (results,) = (workshop.folder / "some").glob("eval_*")
@@ -210,11 +282,16 @@ def test_chosen_scenes_are_evaluated_alone(workshop: Workshop, capsys: pytest.Ca
     assert all(found[name]["psnr"] == whole[name]["psnr"] for name in found)
     shutil.rmtree(workshop.folder / "some")
     capsys.readouterr()
-    assert_one_line_error(ms.main([*arguments, "--set", "scenes=0,9"]), capsys.readouterr().err.split("\n")[-2], "scenes", "9")
+    assert_one_line_error(
+        ms.main([*arguments, "--set", "scenes=0,9"]),
+        capsys.readouterr().err.split("\n")[-2],
+        "scenes",
+        "9",
+    )
     assert not (workshop.folder / "some").exists()
 
 
-# enhance -------------------------------------------------------------------------------------------------------------
+# enhance ------------------------------------------------------------------------------------------
 
 
 def test_enhance_turns_an_odd_sized_photograph_upright(workshop: Workshop, tmp_path: Path) -> None:
@@ -233,16 +310,27 @@ def test_enhance_turns_an_odd_sized_photograph_upright(workshop: Workshop, tmp_p
 
 @pytest.mark.parametrize(
     ("suffix", "expected"),
-    [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".bmp", "BMP"), (".tif", "TIFF"), (".webp", "WEBP")],
+    [
+        (".png", "PNG"),
+        (".jpg", "JPEG"),
+        (".JPEG", "JPEG"),
+        (".bmp", "BMP"),
+        (".tif", "TIFF"),
+        (".webp", "WEBP"),
+    ],
 )
-def test_the_output_suffix_decides_the_format(workshop: Workshop, tmp_path: Path, suffix: str, expected: str) -> None:
+def test_the_output_suffix_decides_the_format(
+    workshop: Workshop, tmp_path: Path, suffix: str, expected: str
+) -> None:
     out = tmp_path / f"out{suffix}"
     assert enhance(workshop.checkpoint, workshop.folder / "data/eval/low/0.png", out) == 0
     with Image.open(out) as picture:
         assert picture.format == expected and picture.size == (48, 40)
 
 
-def test_enhance_repeats_itself_and_the_temperature_is_heard(workshop: Workshop, tmp_path: Path) -> None:
+def test_enhance_repeats_itself_and_the_temperature_is_heard(
+    workshop: Workshop, tmp_path: Path
+) -> None:
     low = workshop.folder / "data/eval/low/0.png"
     variants = {
         "a": [],
@@ -267,7 +355,7 @@ def test_enhance_replaces_an_existing_output(workshop: Workshop, tmp_path: Path)
     assert Image.open(out).size == (48, 40)
 
 
-# mistakes ------------------------------------------------------------------------------------------------------------
+# mistakes -----------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -281,7 +369,19 @@ class Bomb:
 
 
 BAD_CHECKPOINTS = (
-    *("text", "empty", "pickle", "torch_pickle", "truncated", "version", "nan", "missing", "folder", "list", "misfit"),
+    *(
+        "text",
+        "empty",
+        "pickle",
+        "torch_pickle",
+        "truncated",
+        "version",
+        "nan",
+        "missing",
+        "folder",
+        "list",
+        "misfit",
+    ),
     *("config_list", "config_value", "config_key", "weights_list"),
 )
 
@@ -294,7 +394,9 @@ def bad_checkpoint(kind: str, good: Path, folder: Path) -> Path:
     elif kind == "empty":
         path.touch()
     elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"format_version": 1, "config": {}, "model": Bomb(folder / "exploded")}))
+        path.write_bytes(
+            pickle.dumps({"format_version": 1, "config": {}, "model": Bomb(folder / "exploded")})
+        )
     elif kind == "torch_pickle":
         torch.save({"format_version": 1, "config": {}, "model": Bomb(folder / "exploded")}, path)
     elif kind == "truncated":
@@ -333,7 +435,9 @@ def test_bad_checkpoints_are_refused_in_one_line(
     status = enhance(path, workshop.folder / "data/eval/low/0.png", tmp_path / "out.png")
     assert_one_line_error(status, capsys.readouterr().err, str(path))
     assert files_under(tmp_path) == before
-    settings = tiny_config(workshop.folder, results_dir=str(tmp_path / "r"), checkpoint_dir=str(tmp_path / "c"))
+    settings = tiny_config(
+        workshop.folder, results_dir=str(tmp_path / "r"), checkpoint_dir=str(tmp_path / "c")
+    )
     (tmp_path / "config.json").write_text(json.dumps(settings | {"log_dir": str(tmp_path / "l")}))
     for arguments in (["--mode", "evaluate", "--checkpoint"], ["--mode", "train", "--resume"]):
         status = ms.main([*arguments, str(path), "--config", str(tmp_path / "config.json")])
@@ -347,7 +451,14 @@ def test_a_hostile_checkpoint_never_runs_its_code(workshop: Workshop, tmp_path: 
         with open(path, "rb") as stream:
             assert b"mkdir" in stream.read()  # the code is there
         before = files_under(tmp_path)
-        files = ("--checkpoint", path, "--input", workshop.folder / "data/eval/low/0.png", "--output", "out.png")
+        files = (
+            "--checkpoint",
+            path,
+            "--input",
+            workshop.folder / "data/eval/low/0.png",
+            "--output",
+            "out.png",
+        )
         done = run_script("--mode", "enhance", *files, cwd=tmp_path)
         assert_one_line_error(done.returncode, done.stderr, str(path))
         assert done.stdout.startswith("enhance: ") and done.stdout.count("\n") == 1
@@ -371,7 +482,9 @@ def test_bad_pictures_are_refused_in_one_line(
     elif kind == "small":
         save_picture(path, np.zeros((15, 40, 3), np.uint8))
     before = files_under(tmp_path)
-    assert_one_line_error(enhance(workshop.checkpoint, path, tmp_path / "out.png"), capsys.readouterr().err, str(path))
+    assert_one_line_error(
+        enhance(workshop.checkpoint, path, tmp_path / "out.png"), capsys.readouterr().err, str(path)
+    )
     assert files_under(tmp_path) == before
 
 
@@ -382,7 +495,14 @@ def test_a_bad_picture_in_a_data_set_is_named_or_left_out(
     broken = tmp_path / "eval" / "low" / "1.png"
     broken.write_bytes(broken.read_bytes()[:300])
     folders = [f"eval_{kind}_dir={tmp_path / 'eval' / kind}" for kind in ("low", "high")]
-    arguments = ["--mode", "evaluate", "--checkpoint", str(workshop.checkpoint), "--set", f"results_dir={tmp_path / 'r'}"]
+    arguments = [
+        "--mode",
+        "evaluate",
+        "--checkpoint",
+        str(workshop.checkpoint),
+        "--set",
+        f"results_dir={tmp_path / 'r'}",
+    ]
     arguments += [part for folder in folders for part in ("--set", folder)]
     assert ms.main(arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -394,25 +514,37 @@ def test_a_bad_picture_in_a_data_set_is_named_or_left_out(
     assert summary["num_images"] == 1
 
 
-def test_output_over_the_input_is_refused(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_over_the_input_is_refused(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = shutil.copy(workshop.folder / "data/eval/low/0.png", tmp_path / "low.png")
     link = tmp_path / "link.png"
     link.symlink_to(source)
     before = Path(source).read_bytes()
     for target in (Path(source), link, tmp_path / "nowhere" / ".." / "low.png"):
         (tmp_path / "nowhere").mkdir(exist_ok=True)
-        assert_one_line_error(enhance(workshop.checkpoint, Path(source), target), capsys.readouterr().err, "input itself")
+        assert_one_line_error(
+            enhance(workshop.checkpoint, Path(source), target),
+            capsys.readouterr().err,
+            "input itself",
+        )
     assert Path(source).read_bytes() == before
 
 
-def test_unknown_output_suffix_is_refused(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_output_suffix_is_refused(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("out", "out.gif", "out.pth"):
-        status = enhance(workshop.checkpoint, workshop.folder / "data/eval/low/0.png", tmp_path / name)
+        status = enhance(
+            workshop.checkpoint, workshop.folder / "data/eval/low/0.png", tmp_path / name
+        )
         assert_one_line_error(status, capsys.readouterr().err, name, ".png")
     assert files_under(tmp_path) == set()
 
 
-def test_output_that_cannot_be_written(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_that_cannot_be_written(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A parent that is a file, which even the superuser cannot write into."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "taken.png").mkdir()
@@ -420,11 +552,25 @@ def test_output_that_cannot_be_written(workshop: Workshop, tmp_path: Path, capsy
     before = files_under(tmp_path)
     low = workshop.folder / "data/eval/low/0.png"
     for target in (tmp_path / "file" / "out.png", tmp_path / "taken.png"):
-        assert_one_line_error(enhance(workshop.checkpoint, low, target), capsys.readouterr().err, str(target))
+        assert_one_line_error(
+            enhance(workshop.checkpoint, low, target), capsys.readouterr().err, str(target)
+        )
     settings = tiny_config(workshop.folder, results_dir=str(tmp_path / "file" / "results"))
     config = workshop.folder / "blocked.json"
     config.write_text(json.dumps(settings))
-    assert ms.main(["--mode", "evaluate", "--checkpoint", str(workshop.checkpoint), "--config", str(config)]) == 2
+    assert (
+        ms.main(
+            [
+                "--mode",
+                "evaluate",
+                "--checkpoint",
+                str(workshop.checkpoint),
+                "--config",
+                str(config),
+            ]
+        )
+        == 2
+    )
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in last and str(tmp_path / "file" / "results") in last
     config.unlink()
@@ -437,7 +583,9 @@ def test_training_that_cannot_write_says_so_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("kept")
     dirs = {"checkpoint_dir": "c", "log_dir": "l", "results_dir": "r"} | {key: "file/below"}
-    settings = tiny_config(workshop.folder, num_epochs=1) | {name: str(tmp_path / part) for name, part in dirs.items()}
+    settings = tiny_config(workshop.folder, num_epochs=1) | {
+        name: str(tmp_path / part) for name, part in dirs.items()
+    }
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings))
     assert ms.main(["--mode", "train", "--config", str(config)]) == 2
@@ -445,37 +593,50 @@ def test_training_that_cannot_write_says_so_in_one_line(
     assert "error: " in last and str(tmp_path / "file") in last
 
 
-def test_another_architecture_names_both_values(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_architecture_names_both_values(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"flow_channels": 24}))
     low = workshop.folder / "data/eval/low/0.png"
     status = enhance(workshop.checkpoint, low, tmp_path / "out.png", "--config", str(config))
     assert_one_line_error(status, capsys.readouterr().err, "flow_channels", " 8,", " 24")
     assert files_under(tmp_path) == {"config.json"}
-    config.write_text(json.dumps({"flow_channels": 8, "batch_size": 3}))  # the same value is no conflict
+    # the same value is no conflict
+    config.write_text(json.dumps({"flow_channels": 8, "batch_size": 3}))
     assert enhance(workshop.checkpoint, low, tmp_path / "out.png", "--config", str(config)) == 0
 
 
 def test_missing_folders_are_named(workshop: Workshop, tmp_path: Path) -> None:
     config = write_config(tmp_path)  # names folders that do not exist
     done = run_script("--mode", "train", "--config", config, cwd=tmp_path)
-    assert_one_line_error(done.returncode, done.stderr, "train_low_dir", str(tmp_path / "data" / "train" / "low"))
+    assert_one_line_error(
+        done.returncode, done.stderr, "train_low_dir", str(tmp_path / "data" / "train" / "low")
+    )
     files = ("--checkpoint", workshop.checkpoint, "--config", config)
     done = run_script("--mode", "evaluate", *files, cwd=tmp_path)
-    assert_one_line_error(done.returncode, done.stderr, "eval_low_dir", str(tmp_path / "data" / "eval" / "low"))
+    assert_one_line_error(
+        done.returncode, done.stderr, "eval_low_dir", str(tmp_path / "data" / "eval" / "low")
+    )
     assert files_under(tmp_path) == {"config.json"}
 
 
 def test_folders_without_a_common_stem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_picture(tmp_path / "low" / "a.png", target_picture(0))
     save_picture(tmp_path / "high" / "b.png", target_picture(0))
-    folders = [part for kind in ("low", "high") for part in ("--set", f"train_{kind}_dir={tmp_path / kind}")]
+    folders = [
+        part
+        for kind in ("low", "high")
+        for part in ("--set", f"train_{kind}_dir={tmp_path / kind}")
+    ]
     assert ms.main(["--mode", "train", *folders, "--set", f"checkpoint_dir={tmp_path / 'c'}"]) == 2
     assert "matched by stem" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_that_is_not_there(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_that_is_not_there(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     low = workshop.folder / "data/eval/low/0.png"
     status = enhance(workshop.checkpoint, low, tmp_path / "out.png", "--set", "device=cuda")
     assert_one_line_error(status, capsys.readouterr().err, "cuda", "device=auto")
@@ -498,7 +659,9 @@ def test_cuda_that_is_not_there(workshop: Workshop, tmp_path: Path, capsys: pyte
         ("--mode train --colour red", ["--colour"]),
     ],
 )
-def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], line: str, words: list[str]) -> None:
+def test_mistakes_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], line: str, words: list[str]
+) -> None:
     assert_one_line_error(ms.main(shlex.split(line)), capsys.readouterr().err, *words)
 
 
@@ -508,7 +671,7 @@ def test_a_typing_error_is_answered_by_the_process_in_one_line(tmp_path: Path) -
     assert done.stdout == "" and files_under(tmp_path) == set()
 
 
-# help ----------------------------------------------------------------------------------------------------------------
+# help ---------------------------------------------------------------------------------------------
 
 
 def test_help_shows_an_example_per_mode_and_every_key(tmp_path: Path) -> None:
@@ -523,8 +686,14 @@ def test_help_shows_an_example_per_mode_and_every_key(tmp_path: Path) -> None:
     assert files_under(tmp_path) == set()
 
 
-def test_the_documented_command_lines_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [line.partition("python model_script.py")[2] for line in ms.examples(ms.Config).splitlines() if ".py" in line]
+def test_the_documented_command_lines_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        line.partition("python model_script.py")[2]
+        for line in ms.examples(ms.Config).splitlines()
+        if ".py" in line
+    ]
     assert len(lines) == 7
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cpu_train_config.json").write_text(json.dumps({"batch_size": 3}))

@@ -1,4 +1,5 @@
-"""Config keys, files, --set and the flags: everything is typed, checked and answered in one line."""
+"""Config keys, files, --set and the flags: everything is typed, checked and answered in one
+line."""
 
 from __future__ import annotations
 
@@ -54,13 +55,15 @@ def parse_refusal(*argv: str) -> str:
     return str(caught.value)
 
 
-# keys -----------------------------------------------------------------------------------------------------------------
+# keys ---------------------------------------------------------------------------------------------
 
 
 def test_the_published_recipe_has_its_twelve_keys() -> None:
     content = json.loads((ROOT / "cpu_train_config.json").read_text())
     assert content == PUBLISHED
-    assert {name: type(value) for name, value in content.items()} == {n: type(v) for n, v in PUBLISHED.items()}
+    assert {name: type(value) for name, value in content.items()} == {
+        n: type(v) for n, v in PUBLISHED.items()
+    }
     config = apply(**content)
     assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
 
@@ -90,13 +93,18 @@ def test_defaults_are_not_shared() -> None:
     assert ms.Config().image_size == [128, 128]
 
 
-def test_help_shows_every_key_with_default_meaning_and_range(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_key_with_default_meaning_and_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as caught:
         ms.parse_command_line(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     for name, key in FIELDS.items():
-        entry = f"  {name} = {json.dumps(getattr(ms.Config(), name))}\n      {key.metadata['meaning']} ({ms.allowed(key)})\n"
+        entry = (
+            f"  {name} = {json.dumps(getattr(ms.Config(), name))}\n      {key.metadata['meaning']}"
+            f" ({ms.allowed(key)})\n"
+        )
         assert entry in shown + "\n"
     for flag in ("--mode", "--config", "--set", "--checkpoint", "--resume", "--input", "--output"):
         assert flag in shown
@@ -104,7 +112,13 @@ def test_help_shows_every_key_with_default_meaning_and_range(capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("bach_size", "batch_size"), ("learning_rat", "learning_rate"), ("imagesize", "image_size"), ("EPOCHS", None), ("", None)],
+    [
+        ("bach_size", "batch_size"),
+        ("learning_rat", "learning_rate"),
+        ("imagesize", "image_size"),
+        ("EPOCHS", None),
+        ("", None),
+    ],
 )
 def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str | None) -> None:
     line = refusal(**{name: 2})
@@ -116,7 +130,18 @@ def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str 
 
 WRONG = {
     "batch_size": ["1", 1.5, True, None, [1], {}, 0, 4097, -1, float("nan"), float("inf"), 10**400],
-    "learning_rate": ["0.1", True, None, [0.1], 0, 1.01, -1e-3, float("nan"), float("-inf"), 10**400],
+    "learning_rate": [
+        "0.1",
+        True,
+        None,
+        [0.1],
+        0,
+        1.01,
+        -1e-3,
+        float("nan"),
+        float("-inf"),
+        10**400,
+    ],
     "flips": [0, 1, "true", None, [True]],
     "device": ["gpu", "CPU", 0, None, True, ["cpu"]],
     "train_low_dir": [0, None, True, ["a"]],
@@ -140,14 +165,21 @@ WRONG = {
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [pytest.param(name, value, id=f"{name}-{value!s:.20}") for name, values in WRONG.items() for value in values],
+    [
+        pytest.param(name, value, id=f"{name}-{value!s:.20}")
+        for name, values in WRONG.items()
+        for value in values
+    ],
 )
 def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: object) -> None:
     line = refusal(**{name: value})
     assert line.startswith("here: ")
     assert name in line
     key = FIELDS[name]
-    told = [*(key.metadata["choices"] or ()), *([f"{key.metadata['high']:g}"] if key.metadata["high"] else ())]
+    told = [
+        *(key.metadata["choices"] or ()),
+        *([f"{key.metadata['high']:g}"] if key.metadata["high"] else ()),
+    ]
     assert all(word in line for word in told)
 
 
@@ -171,13 +203,17 @@ def test_right_values_are_typed(name: str, value: object, expected: object) -> N
         assert [type(item) for item in got] == [type(item) for item in expected]
 
 
-@pytest.mark.parametrize("name", [name for name, key in FIELDS.items() if key.metadata["low"] is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, key in FIELDS.items() if key.metadata["low"] is not None]
+)
 def test_both_ends_of_every_range(name: str) -> None:
     key = FIELDS[name]
     low, high = key.metadata["low"], key.metadata["high"]
     is_list = key.type.startswith("list")
     for inside, beyond in ((low, low - 1), (high, high + 1)):
-        assert ms.coerce(key, [inside] if is_list else inside, "here") == ([inside] if is_list else inside)
+        assert ms.coerce(key, [inside] if is_list else inside, "here") == (
+            [inside] if is_list else inside
+        )
         with pytest.raises(ms.UserError, match=name):
             ms.coerce(key, [beyond] if is_list else beyond, "here")
 
@@ -236,7 +272,13 @@ def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("auto", None), ("native", None), ("128,64", (128, 64)), ("[128, 64]", (128, 64)), ("16,8192", (16, 8192))],
+    [
+        ("auto", None),
+        ("native", None),
+        ("128,64", (128, 64)),
+        ("[128, 64]", (128, 64)),
+        ("16,8192", (16, 8192)),
+    ],
 )
 def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
     assert ms.parse_eval_size(text) == expected
@@ -278,7 +320,7 @@ def test_evaluation_size(settings: dict[str, object], expected: tuple[int, int] 
     assert ms.evaluation_size(apply(**settings)) == expected
 
 
-# config files ---------------------------------------------------------------------------------------------------------
+# config files -------------------------------------------------------------------------------------
 
 
 def test_a_config_file_is_read_and_overridden_by_set(tmp_path: Path) -> None:
@@ -328,7 +370,7 @@ def test_missing_config_files_are_named(tmp_path: Path) -> None:
         assert str(path) in parse_refusal("--mode", "train", "--config", str(path))
 
 
-# --set ----------------------------------------------------------------------------------------------------------------
+# --set --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -368,9 +410,15 @@ def test_set_is_read_by_the_type_of_the_field(text: str, expected: object) -> No
         ("batch_size=", "batch_size must be an integer in [1, 4096]"),
         ("batch_size=four", "batch_size must be an integer in [1, 4096]"),
         ("batch_size=true", "batch_size must be an integer"),
-        pytest.param("batch_size=1" + 400 * "0", "batch_size must be an integer", id="long integer"),
-        pytest.param("batch_size=1" + 6000 * "0", "batch_size must be an integer", id="endless integer"),
-        pytest.param("image_size=" + 50_000 * "[", "image_size must be a list of integers", id="deep"),
+        pytest.param(
+            "batch_size=1" + 400 * "0", "batch_size must be an integer", id="long integer"
+        ),
+        pytest.param(
+            "batch_size=1" + 6000 * "0", "batch_size must be an integer", id="endless integer"
+        ),
+        pytest.param(
+            "image_size=" + 50_000 * "[", "image_size must be a list of integers", id="deep"
+        ),
         ("flips=yes", "flips must be true or false"),
         ("flips=1", "flips must be true or false"),
         ("learning_rate=nan", "learning_rate must be a number"),
@@ -381,7 +429,10 @@ def test_set_is_read_by_the_type_of_the_field(text: str, expected: object) -> No
         ("image_size=", "image_size must be a list of integers"),
         ("device=gpu", "device must be one of auto, cpu, cuda, mps"),
         ("on_bad_file=ignore", "on_bad_file must be one of error, skip"),
-        ("bach_size=2", "unknown key bach_size; the nearest is batch_size (an integer in [1, 4096])"),
+        (
+            "bach_size=2",
+            "unknown key bach_size; the nearest is batch_size (an integer in [1, 4096])",
+        ),
         ("=2", "unknown key"),
         ("crop_size=12", "crop_size must be 0 or a multiple of 8"),
     ],
@@ -396,14 +447,24 @@ def test_the_last_set_wins() -> None:
 
 
 def test_set_may_mend_what_two_keys_need_together() -> None:
-    assert parse("--set", "val_low_dir=a", "--set", "val_high_dir=b") == {"val_low_dir": "a", "val_high_dir": "b"}
+    assert parse("--set", "val_low_dir=a", "--set", "val_high_dir=b") == {
+        "val_low_dir": "a",
+        "val_high_dir": "b",
+    }
 
 
-# flags ----------------------------------------------------------------------------------------------------------------
+# flags --------------------------------------------------------------------------------------------
 
-NEEDED = {"train": [], "demo": [], "evaluate": [], "enhance": ["input", "output"], "export": ["output"]}
+NEEDED = {
+    "train": [],
+    "demo": [],
+    "evaluate": [],
+    "enhance": ["input", "output"],
+    "export": ["output"],
+}
 TAKEN = {
-    mode: [*names, *(["checkpoint"] if mode in ("evaluate", "enhance", "export") else [])] for mode, names in NEEDED.items()
+    mode: [*names, *(["checkpoint"] if mode in ("evaluate", "enhance", "export") else [])]
+    for mode, names in NEEDED.items()
 }
 TAKEN["train"] = ["resume"]
 FLAGS = ("checkpoint", "resume", "input", "output")
@@ -425,18 +486,27 @@ def test_modes_take_what_they_need(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["evaluate", "enhance", "export"])
 def test_the_released_weights_are_the_default(mode: str) -> None:
     arguments = ms.parse_command_line(["--mode", mode, *flags(*NEEDED[mode])])
-    assert Path(arguments.checkpoint) == Path(ms.__file__).resolve().parent / "checkpoints" / "best_model.pth"
+    assert (
+        Path(arguments.checkpoint)
+        == Path(ms.__file__).resolve().parent / "checkpoints" / "best_model.pth"
+    )
 
 
-@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in NEEDED for name in FLAGS if name not in TAKEN[mode]])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(mode, name) for mode in NEEDED for name in FLAGS if name not in TAKEN[mode]]
+)
 def test_flags_that_do_nothing_are_refused(mode: str, name: str) -> None:
     line = parse_refusal("--mode", mode, *flags(*NEEDED[mode], name))
     assert f"--{name} does nothing in --mode {mode}" in line
 
 
-@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in NEEDED for name in NEEDED[mode]])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(mode, name) for mode in NEEDED for name in NEEDED[mode]]
+)
 def test_missing_flags_are_named(mode: str, name: str) -> None:
-    line = parse_refusal("--mode", mode, *flags(*(other for other in NEEDED[mode] if other != name)))
+    line = parse_refusal(
+        "--mode", mode, *flags(*(other for other in NEEDED[mode] if other != name))
+    )
     assert f"--mode {mode} needs --{name}" in line
 
 
@@ -456,11 +526,12 @@ def test_bad_command_lines(argv: list[str], words: str) -> None:
     assert words in line and "--help" in line
 
 
-# before torch ---------------------------------------------------------------------------------------------------------
+# before torch -------------------------------------------------------------------------------------
 
 
 def run_without_torch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """The script from an empty working directory, in a world where importing torch, NumPy or Pillow fails."""
+    """The script from an empty working directory, in a world where importing torch, NumPy or Pillow
+    fails."""
     modules, work = folder / "modules", folder / "work"
     for created in (modules, work):
         created.mkdir()
@@ -468,19 +539,26 @@ def run_without_torch(folder: Path, *argv: str) -> subprocess.CompletedProcess[s
         (modules / f"{name}.py").write_text('raise ImportError("heavy import")\n')
     environment = {**os.environ, "PYTHONPATH": str(modules), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, str(ROOT / "model_script.py"), *argv]
-    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=work, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--mode", "train", "--set", "bach_size=2"], "the nearest is batch_size (an integer in [1, 4096])"),
+        (
+            ["--mode", "train", "--set", "bach_size=2"],
+            "the nearest is batch_size (an integer in [1, 4096])",
+        ),
         (["--mode", "train", "--config", "missing.json"], "missing.json"),
         (["--mode", "enhance"], "needs --input"),
         (["--mode", "fly"], "fly"),
     ],
 )
-def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(tmp_path: Path, argv: list[str], words: str) -> None:
+def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(
+    tmp_path: Path, argv: list[str], words: str
+) -> None:
     done = run_without_torch(tmp_path, *argv)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -32,7 +32,9 @@ def png16(path: Path, values: np.ndarray, colour_type: int) -> None:
     """A 16-bit PNG of (H, W) or (H, W, C) values, which Pillow cannot write for colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     height, width = values.shape[:2]
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
@@ -41,7 +43,7 @@ def png16(path: Path, values: np.ndarray, colour_type: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-# pictures -------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff"])
@@ -98,7 +100,9 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int) -> None:
 def test_grey_is_repeated(tmp_path: Path) -> None:
     grey = smooth_scene(0, 16, 16)[..., 0]
     Image.fromarray(grey).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(ms.read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, 2))
+    np.testing.assert_array_equal(
+        ms.read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, 2)
+    )
 
 
 def test_palette_is_looked_up(tmp_path: Path) -> None:
@@ -122,7 +126,9 @@ def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
     bits = np.random.default_rng(0).integers(0, 2, (16, 16)).astype(bool)
     Image.fromarray(bits).save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode == "1"
-    np.testing.assert_array_equal(ms.read_image(tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255))
+    np.testing.assert_array_equal(
+        ms.read_image(tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -135,7 +141,9 @@ def test_16_bit_grey_is_rounded_to_8(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(("channels", "colour_type"), [(2, 4), (3, 2), (4, 6)])
-def test_16_bit_colour_and_alpha_keep_their_levels(tmp_path: Path, channels: int, colour_type: int) -> None:
+def test_16_bit_colour_and_alpha_keep_their_levels(
+    tmp_path: Path, channels: int, colour_type: int
+) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (16, 16, channels))
     png16(tmp_path / "a.png", 257 * levels, colour_type)
     expected = levels[..., :3] if channels > 2 else np.repeat(levels[..., :1], 3, 2)
@@ -151,7 +159,9 @@ def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
 def encoded(kind: str) -> bytes:
     """A noisy picture, so that half its file is certainly half its pixels."""
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(stream, kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
+        stream, kind
+    )
     return stream.getvalue()
 
 
@@ -199,7 +209,7 @@ def test_damaged_bytes_give_a_picture_or_a_user_error(tmp_path: Path, kind: str)
     assert refused > 0
 
 
-# pairs ----------------------------------------------------------------------------------------------------------------
+# pairs --------------------------------------------------------------------------------------------
 
 
 def test_pairs_over_all_suffixes_in_any_case(tmp_path: Path) -> None:
@@ -209,18 +219,25 @@ def test_pairs_over_all_suffixes_in_any_case(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         for place in range(len(suffixes)):
             suffix = suffixes[(place + shift) % len(suffixes)]
-            Image.fromarray(smooth_scene(place, 32, 32)).save(tmp_path / folder / f"s{place}{suffix}")
+            Image.fromarray(smooth_scene(place, 32, 32)).save(
+                tmp_path / folder / f"s{place}{suffix}"
+            )
     (tmp_path / "low" / "notes.txt").write_text("no picture")
     (tmp_path / "low" / ".hidden.png").write_bytes(b"")
     (tmp_path / "low" / "folder.png").mkdir()
     messages: list[str] = []
     pairs = pairs_in((tmp_path / "low", tmp_path / "high"), messages.append)
     assert [pair.name for pair in pairs] == [f"s{place}" for place in range(7)]
-    assert all(pair.low.stem == pair.high.stem == pair.name and pair.low.suffix != pair.high.suffix for pair in pairs)
+    assert all(
+        pair.low.stem == pair.high.stem == pair.name and pair.low.suffix != pair.high.suffix
+        for pair in pairs
+    )
     assert messages == []
     store = ms.PairStore(pairs, ms.Config())
     for place in range(7):
-        assert all(np.abs(p.astype(int) - smooth_scene(place, 32, 32)).mean() < 12 for p in store[place])
+        assert all(
+            np.abs(p.astype(int) - smooth_scene(place, 32, 32)).mean() < 12 for p in store[place]
+        )
 
 
 def test_orphans_are_counted_and_named_on_both_sides(make_pairs: MakePairs) -> None:
@@ -230,8 +247,15 @@ def test_orphans_are_counted_and_named_on_both_sides(make_pairs: MakePairs) -> N
     messages: list[str] = []
     assert [pair.name for pair in pairs_in((low, high), messages.append)] == ["1", "4", "6"]
     of_low, of_high = messages
-    assert str(low) in of_low and " 2 " in of_low and "2.png, 5.png" in of_low and "3.png" not in of_low
-    assert str(high) in of_high and " 1 " in of_high and "3.png" in of_high and "2.png" not in of_high
+    assert (
+        str(low) in of_low
+        and " 2 " in of_low
+        and "2.png, 5.png" in of_low
+        and "3.png" not in of_low
+    )
+    assert (
+        str(high) in of_high and " 1 " in of_high and "3.png" in of_high and "2.png" not in of_high
+    )
 
 
 def test_two_files_of_one_stem_are_refused(make_pairs: MakePairs) -> None:
@@ -272,7 +296,10 @@ def test_names_with_unusual_digits_are_no_obstacle(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         for stem in ("area²", "area1"):
             (tmp_path / folder / f"{stem}.png").write_bytes(b"x")
-    assert {pair.name for pair in pairs_in((tmp_path / "low", tmp_path / "high"))} == {"area²", "area1"}
+    assert {pair.name for pair in pairs_in((tmp_path / "low", tmp_path / "high"))} == {
+        "area²",
+        "area1",
+    }
 
 
 def break_pair(low: Path, high: Path, how: str) -> Path:
@@ -355,7 +382,7 @@ def test_thumbnails_are_block_means_of_the_targets(make_pairs: MakePairs) -> Non
     assert np.abs(store.thumbnails[1] - blocks).max() <= 1
 
 
-# split ----------------------------------------------------------------------------------------------------------------
+# split --------------------------------------------------------------------------------------------
 
 TAKES = [0, 1, 2, 0, 3, 4, 5, 1, 6, 7, 0, 8]  # scene of each pair
 
@@ -373,9 +400,12 @@ def test_scenes_are_found_despite_exposure(takes: np.ndarray) -> None:
 
 
 def test_scenes_are_chained() -> None:
-    """A resembles B and B resembles C, so that A and C stay together although they do not resemble each other."""
+    """A resembles B and B resembles C, so that A and C stay together although they do not resemble
+    each other."""
     a, c = smooth_scene(0, 16, 16).astype(float), smooth_scene(1, 16, 16).astype(float)
-    chain = np.stack([a, 0.75 * a + 0.25 * c, 0.5 * (a + c), 0.25 * a + 0.75 * c, c]).astype(np.uint8)
+    chain = np.stack([a, 0.75 * a + 0.25 * c, 0.5 * (a + c), 0.25 * a + 0.75 * c, c]).astype(
+        np.uint8
+    )
     assert ms.find_scenes(chain[[0, 4]], 0.85) == [[0], [1]]
     assert ms.find_scenes(chain[[0, 4, 2, 1, 3]], 0.85) == [[0, 1, 2, 3, 4]]
 
@@ -393,7 +423,9 @@ def test_split_keeps_scenes_whole_for_every_seed(takes: np.ndarray) -> None:
     assert len(splits) > 6
 
 
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.1, 2), (0.25, 5), (0.5, 10), (0.9, 18)])
+@pytest.mark.parametrize(
+    ("fraction", "held_out"), [(0.01, 1), (0.1, 2), (0.25, 5), (0.5, 10), (0.9, 18)]
+)
 def test_split_holds_out_the_fraction_of_single_scenes(fraction: float, held_out: int) -> None:
     thumbnails = np.stack([smooth_scene(seed, 16, 16) for seed in range(20)])
     assert len(ms.split_by_scene(thumbnails, ms.Config(val_fraction=fraction))[1]) == held_out
@@ -405,7 +437,10 @@ def test_one_scene_cannot_be_split() -> None:
 
 
 def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None:
-    train, held_out = write_pairs(tmp_path / "t", 4), write_pairs(tmp_path / "v", 2, scenes=[70, 71])
+    train, held_out = (
+        write_pairs(tmp_path / "t", 4),
+        write_pairs(tmp_path / "v", 2, scenes=[70, 71]),
+    )
     folders = dict(train_low_dir=str(train[0]), train_high_dir=str(train[1]))
     config = ms.Config(**folders, val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
     store, training, other, validation = ms.training_data(config)
@@ -415,7 +450,7 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
     assert other is store and len(training) == 3 and len(validation) == 1
 
 
-# samples --------------------------------------------------------------------------------------------------------------
+# samples ------------------------------------------------------------------------------------------
 
 
 def samples_of(folders: tuple[Path, Path], **settings: object) -> ms.TrainingSamples:
@@ -428,11 +463,18 @@ def same(a: ms.Sample, b: ms.Sample) -> bool:
     return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-GEOMETRIES = [dict(), dict(image_size=[24, 40]), dict(crop_size=32), dict(crop_size=40, crop_scales=[0.5])]
+GEOMETRIES = [
+    dict(),
+    dict(image_size=[24, 40]),
+    dict(crop_size=32),
+    dict(crop_size=40, crop_scales=[0.5]),
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_samples_are_a_pure_function_of_seed_epoch_and_index(make_pairs: MakePairs, geometry: dict[str, object]) -> None:
+def test_samples_are_a_pure_function_of_seed_epoch_and_index(
+    make_pairs: MakePairs, geometry: dict[str, object]
+) -> None:
     folders = make_pairs(3, size=(64, 80))
     samples, again = (samples_of(folders, **geometry) for _ in range(2))
     keys = [(epoch, index) for epoch in range(3) for index in range(3)]
@@ -446,7 +488,9 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index(make_pairs: MakePai
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_samples_have_the_promised_shapes_and_ranges(make_pairs: MakePairs, geometry: dict[str, object]) -> None:
+def test_samples_have_the_promised_shapes_and_ranges(
+    make_pairs: MakePairs, geometry: dict[str, object]
+) -> None:
     samples = samples_of(make_pairs(2, size=(64, 80)), **geometry, exposure_gain=3.0)
     side = samples.config.crop_size
     for epoch in range(8):
@@ -456,7 +500,8 @@ def test_samples_have_the_promised_shapes_and_ranges(make_pairs: MakePairs, geom
         assert all(part.min() >= 0 and part.max() <= 1 for part in (low, high, thumbnail, box))
         left, top, right, bottom = box.tolist()
         assert left < right and top < bottom
-        torch.testing.assert_close(high * 255, (high * 255).round(), atol=1e-3, rtol=0)  # 8-bit levels, as a file has
+        # 8-bit levels, as a file has
+        torch.testing.assert_close(high * 255, (high * 255).round(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -474,8 +519,11 @@ def test_low_and_high_stay_aligned(make_pairs: MakePairs, geometry: dict[str, ob
 def test_box_says_where_the_crop_lies_in_the_thumbnail(
     make_pairs: MakePairs, geometry: dict[str, object], window_min: float
 ) -> None:
-    """The thumbnail read at the box must be the crop, through windows, scales, mirrors and transposes."""
-    samples = samples_of(make_pairs(2, size=(120, 96), equal=True), **geometry, window_min=window_min)
+    """The thumbnail read at the box must be the crop, through windows, scales, mirrors and
+    transposes."""
+    samples = samples_of(
+        make_pairs(2, size=(120, 96), equal=True), **geometry, window_min=window_min
+    )
     boxes, others = [], []
     for epoch in range(24):
         low, _, thumbnail, box = samples[epoch, epoch % 2]
@@ -497,7 +545,9 @@ def test_plain_settings_give_the_file_itself(make_pairs: MakePairs) -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 40), (100, 60)])
-def test_plain_settings_give_the_resized_picture(make_pairs: MakePairs, size: tuple[int, int]) -> None:
+def test_plain_settings_give_the_resized_picture(
+    make_pairs: MakePairs, size: tuple[int, int]
+) -> None:
     """Pillow's antialiased bilinear resize is the referee; it rounds twice."""
     folders = make_pairs(2, size=(64, 80))
     samples = samples_of(folders, **PLAIN, image_size=list(size))
@@ -505,8 +555,12 @@ def test_plain_settings_give_the_resized_picture(make_pairs: MakePairs, size: tu
         picture = Image.open(folder / "1.png").resize((size[1], size[0]), Image.Resampling.BILINEAR)
         expected = np.asarray(picture).transpose(2, 0, 1).astype(float)
         assert np.abs(samples[0, 0][place].numpy() * 255 - expected).max() <= 1.01
-    thumbnail = np.asarray(Image.open(folders[0] / "1.png").resize((32, 32), Image.Resampling.BILINEAR))
-    assert np.abs(samples[0, 0].thumbnail.numpy() * 255 - thumbnail.transpose(2, 0, 1)).max() <= 1.01
+    thumbnail = np.asarray(
+        Image.open(folders[0] / "1.png").resize((32, 32), Image.Resampling.BILINEAR)
+    )
+    assert (
+        np.abs(samples[0, 0].thumbnail.numpy() * 255 - thumbnail.transpose(2, 0, 1)).max() <= 1.01
+    )
 
 
 def test_native_crops_are_windows_of_the_file(make_pairs: MakePairs) -> None:
@@ -515,7 +569,9 @@ def test_native_crops_are_windows_of_the_file(make_pairs: MakePairs) -> None:
     whole = ms.read_image(folders[1] / "1.png")
     for epoch in range(6):
         sample = samples[epoch, 0]
-        left, top, right, bottom = (round(float(b) * side) for b, side in zip(sample.box, (80, 64, 80, 64), strict=True))
+        left, top, right, bottom = (
+            round(float(b) * side) for b, side in zip(sample.box, (80, 64, 80, 64), strict=True)
+        )
         np.testing.assert_array_equal(ms.to_uint8(sample.high), whole[top:bottom, left:right])
 
 
@@ -534,9 +590,17 @@ def test_crop_scale_zero_is_the_whole_picture(make_pairs: MakePairs) -> None:
 
 
 def test_crop_scales_are_all_drawn(make_pairs: MakePairs) -> None:
-    samples = samples_of(make_pairs(1, size=(128, 128)), **PLAIN, crop_size=32, crop_scales=[1.0, 0.5, 0.0])
-    extents = [round(float(samples[epoch, 0].box[2] - samples[epoch, 0].box[0]), 3) for epoch in range(60)]
-    assert {extent: extents.count(extent) > 8 for extent in extents} == {0.25: True, 0.5: True, 1.0: True}
+    samples = samples_of(
+        make_pairs(1, size=(128, 128)), **PLAIN, crop_size=32, crop_scales=[1.0, 0.5, 0.0]
+    )
+    extents = [
+        round(float(samples[epoch, 0].box[2] - samples[epoch, 0].box[0]), 3) for epoch in range(60)
+    ]
+    assert {extent: extents.count(extent) > 8 for extent in extents} == {
+        0.25: True,
+        0.5: True,
+        1.0: True,
+    }
 
 
 def test_without_augmentation_every_epoch_is_the_same(make_pairs: MakePairs) -> None:
@@ -544,7 +608,9 @@ def test_without_augmentation_every_epoch_is_the_same(make_pairs: MakePairs) -> 
     assert all(same(samples[0, 0], samples[epoch, 0]) for epoch in range(6))
 
 
-@pytest.mark.parametrize("key", [dict(window_min=0.5), dict(flips=True), dict(exposure_gain=1.0), dict(channel_gain=0.3)])
+@pytest.mark.parametrize(
+    "key", [dict(window_min=0.5), dict(flips=True), dict(exposure_gain=1.0), dict(channel_gain=0.3)]
+)
 def test_each_augmentation_has_an_effect(make_pairs: MakePairs, key: dict[str, object]) -> None:
     folders = make_pairs(1, size=(64, 64))
     plain, samples = samples_of(folders, **PLAIN), samples_of(folders, **{**PLAIN, **key})
@@ -559,14 +625,20 @@ def test_flips_are_all_eight_symmetries_of_square_inputs(make_pairs: MakePairs) 
     whole = samples_of(folders, **PLAIN)[0, 0].high
     samples = samples_of(folders, **{**PLAIN, "flips": True})
     symmetries = [torch.rot90(p, k, (-2, -1)) for p in (whole, whole.flip(-1)) for k in range(4)]
-    seen = [[torch.equal(samples[epoch, 0].high, s) for s in symmetries].index(True) for epoch in range(60)]
+    seen = [
+        [torch.equal(samples[epoch, 0].high, s) for s in symmetries].index(True)
+        for epoch in range(60)
+    ]
     assert set(seen) == set(range(8))
 
 
 def test_gains_stay_in_their_range_and_on_low_alone(make_pairs: MakePairs) -> None:
     folders = make_pairs(1)
     plain = samples_of(folders, **PLAIN)[0, 0]
-    brighter, redder = (samples_of(folders, **{**PLAIN, **gain}) for gain in (dict(exposure_gain=0.5), dict(channel_gain=0.2)))
+    brighter, redder = (
+        samples_of(folders, **{**PLAIN, **gain})
+        for gain in (dict(exposure_gain=0.5), dict(channel_gain=0.2))
+    )
     stops, relative = [], []
     for epoch in range(60):
         exposed, tinted = brighter[epoch, 0], redder[epoch, 0]
@@ -584,17 +656,25 @@ def test_gains_stay_in_their_range_and_on_low_alone(make_pairs: MakePairs) -> No
 def test_window_min_is_the_smallest_share(make_pairs: MakePairs) -> None:
     samples = samples_of(make_pairs(1, size=(200, 100)), **{**PLAIN, "window_min": 0.4})
     windows = [samples._window((200, 100, 3), np.random.default_rng(seed)) for seed in range(300)]
-    assert all(0 <= top <= 200 - height and 0 <= left <= 100 - width for top, left, height, width in windows)
+    assert all(
+        0 <= top <= 200 - height and 0 <= left <= 100 - width
+        for top, left, height, width in windows
+    )
     heights, widths = ([window[k] for window in windows] for k in (2, 3))
     assert 80 <= min(heights) < 95 and 185 < max(heights) <= 200
     assert 40 <= min(widths) < 48 and 92 < max(widths) <= 100
-    assert min(samples._window((20, 20, 3), np.random.default_rng(seed))[2] for seed in range(50)) == 16
+    assert (
+        min(samples._window((20, 20, 3), np.random.default_rng(seed))[2] for seed in range(50))
+        == 16
+    )
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 1), (10, 3), (4, 8), (1, 1)])
 def test_batch_plan_covers_every_index_once(count: int, batch_size: int) -> None:
     plan = ms.batch_plan(count, ms.Config(batch_size=batch_size), 7)
-    assert sorted(draw for batch in plan for draw in batch) == [(7, index, False) for index in range(count)]
+    assert sorted(draw for batch in plan for draw in batch) == [
+        (7, index, False) for index in range(count)
+    ]
     assert [len(batch) for batch in plan[:-1]] == [batch_size] * (len(plan) - 1)
     assert len(plan) == -(-count // batch_size)
 
@@ -609,13 +689,17 @@ def test_batch_plan_differs_per_epoch_and_seed_and_repeats() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_whole_share_of_the_batches_is_whole(share: float) -> None:
     plan = ms.batch_plan(2000, ms.Config(batch_size=2, whole_share=share), 0)
-    assert all(batch[0].whole == batch[1].whole for batch in plan)  # or their pictures' sizes would differ
+    # or their pictures' sizes would differ
+    assert all(batch[0].whole == batch[1].whole for batch in plan)
     assert abs(sum(batch[0].whole for batch in plan) / 1000 - share) < 0.05
 
 
 def test_a_whole_draw_is_the_picture_at_image_size(make_pairs: MakePairs) -> None:
     folders = make_pairs(2, size=(64, 80))
-    plain, crops = samples_of(folders, image_size=[24, 40]), samples_of(folders, image_size=[24, 40], crop_size=32)
+    plain, crops = (
+        samples_of(folders, image_size=[24, 40]),
+        samples_of(folders, image_size=[24, 40], crop_size=32),
+    )
     assert same(crops[ms.Draw(3, 1, whole=True)], plain[3, 1])
     assert crops[3, 1].low.shape == (3, 32, 32)
 

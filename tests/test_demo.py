@@ -41,14 +41,21 @@ def test_the_simulated_sensor_keeps_the_picture() -> None:
 
 def test_the_simulated_sensor_follows_its_seed() -> None:
     high = target_picture(1, 64, 64)
-    first, again, other = (ms.simulate_infrared(high, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        ms.simulate_infrared(high, np.random.default_rng(seed)) for seed in (3, 3, 4)
+    )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_demo_crops_follow_their_seed_and_size() -> None:
-    draws = [list(ms.demo_crops("chelsea", 3, 48, recolour, np.random.default_rng(7))) for recolour in (False, False, True)]
-    assert all(crop.shape == (48, 48, 3) and crop.dtype == np.uint8 for crops in draws for crop in crops)
+    draws = [
+        list(ms.demo_crops("chelsea", 3, 48, recolour, np.random.default_rng(7)))
+        for recolour in (False, False, True)
+    ]
+    assert all(
+        crop.shape == (48, 48, 3) and crop.dtype == np.uint8 for crops in draws for crop in crops
+    )
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     assert not set(ms.DEMO_TRAIN) & set(ms.DEMO_TEST)
@@ -67,7 +74,17 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "checkpoints" / "best_model.pth").write_bytes(b"weeks of training")
     recipe = Path(ms.__file__).with_name("cpu_train_config.json")
     # no time limit: a busy machine may take longer, but must arrive at the same picture
-    done = run_script("--mode", "demo", "--config", recipe, "--set", "max_minutes=0", cwd=folder, timeout=900, threads=None)
+    done = run_script(
+        "--mode",
+        "demo",
+        "--config",
+        recipe,
+        "--set",
+        "max_minutes=0",
+        cwd=folder,
+        timeout=900,
+        threads=None,
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (folder / "printed.txt").write_text(done.stdout)
@@ -95,7 +112,12 @@ def test_the_demo_beats_input_and_gamma(newcomer: Path) -> None:
 
 
 def test_the_demo_writes_only_where_it_should(newcomer: Path) -> None:
-    assert {path.name for path in newcomer.iterdir()} == {"checkpoints", "results", "logs", "printed.txt"}
+    assert {path.name for path in newcomer.iterdir()} == {
+        "checkpoints",
+        "results",
+        "logs",
+        "printed.txt",
+    }
     assert [path.name.split("_")[0] for path in (newcomer / "results").iterdir()] == ["demo"]
     weights = sorted(path.name.split("_")[0] for path in (newcomer / "checkpoints").iterdir())
     assert weights == ["best", "demo"]

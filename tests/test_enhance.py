@@ -1,4 +1,5 @@
-"""Enhancement of real files: tiles without seams, every kind of picture, folders, alternatives, uncertainty, exposure."""
+"""Enhancement of real files: tiles without seams, every kind of picture, folders, alternatives,
+uncertainty, exposure."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ import pytest
 import skimage.io
 import tifffile
 import torch
-from cli_tools import assert_one_line_error, dark_picture, files_under, run_script, save_picture, target_picture
+from cli_tools import (
+    assert_one_line_error,
+    dark_picture,
+    files_under,
+    run_script,
+    save_picture,
+    target_picture,
+)
 from conftest import randomise
 from PIL import Image, ImageCms
 from torch import Tensor
@@ -27,13 +35,23 @@ CPU = ms.Runtime(torch.device("cpu"), torch.float32)
 
 def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
     torch.manual_seed(5)
-    config = ms.Config(**{"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, "device": "cpu", **settings})
+    config = ms.Config(
+        **{
+            "flow_channels": 16,
+            "num_flow_blocks": 2,
+            "thumbnail_size": 32,
+            "device": "cpu",
+            **settings,
+        }
+    )
     return randomise(ms.ConditionalFlow(config), scale).eval()
 
 
 def noise_picture(height: int, width: int, depth: type = np.uint8) -> np.ndarray:
     """Every pixel matters to its neighbours, so that a halo that is too small is seen."""
-    return np.random.default_rng(7).integers(0, np.iinfo(depth).max, (height, width, 3), dtype=depth)
+    return np.random.default_rng(7).integers(
+        0, np.iinfo(depth).max, (height, width, 3), dtype=depth
+    )
 
 
 def with_settings(model: ms.ConditionalFlow, **settings: object) -> ms.Config:
@@ -46,14 +64,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "best_model.pth"
     model = small_model(flow_channels=8, num_flow_blocks=1)
     ms.save_checkpoint(
-        path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "run_id": "r", "epoch": 1}
+        path,
+        {
+            "config": dataclasses.asdict(model.config),
+            "model": model.state_dict(),
+            "run_id": "r",
+            "epoch": 1,
+        },
     )
     return path
 
 
 def enhance(checkpoint: Path, source: str | Path, target: str | Path, *settings: str) -> int:
-    arguments = ["--mode", "enhance", "--checkpoint", checkpoint, "--input", source, "--output", target]
-    return ms.main([*map(str, arguments), *(part for setting in settings for part in ("--set", setting))])
+    arguments = [
+        "--mode",
+        "enhance",
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        source,
+        "--output",
+        target,
+    ]
+    return ms.main(
+        [*map(str, arguments), *(part for setting in settings for part in ("--set", setting))]
+    )
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, str]]:
@@ -62,7 +97,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, str]]:
         return {Path(row["file"]).name: row for row in csv.DictReader(stream)}
 
 
-# tiles ---------------------------------------------------------------------------------------------------------------
+# tiles --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -89,13 +124,15 @@ def test_a_smaller_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_reach_bounds_what_a_pixel_depends_on(blocks: int) -> None:
-    """By the gradient: nothing beyond the reach, and something nearly as far (the bound is not idle)."""
+    """By the gradient: nothing beyond the reach, and something nearly as far (the bound is not
+    idle)."""
     model = small_model(scale=0.1, num_flow_blocks=blocks).double()
     low = torch.rand(1, 3, 328, 328, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         survey = model.survey(ms.resize(low, (32, 32)))
     condition = model.condition(low, survey, torch.tensor([ms.WHOLE_BOX]))
-    decoded = model.flow.inverse(condition.prior_mean, condition.features)[0]  # before clamping, which has no gradient
+    # before clamping, which has no gradient
+    decoded = model.flow.inverse(condition.prior_mean, condition.features)[0]
     decoded[0, :, 160:168, 160:168].sum().backward()
     rows, columns = low.grad[0].abs().sum(0).nonzero().unbind(1)
     for place in (rows, columns):
@@ -106,7 +143,10 @@ def test_reach_bounds_what_a_pixel_depends_on(blocks: int) -> None:
 def test_samples_and_uncertainty_do_not_depend_on_the_tiles() -> None:
     model, pixels = small_model(), noise_picture(150, 170)
     settings = dict(samples=2, uncertainty=True, temperature=0.8, seed=3)
-    whole, tiled = (ms.enhance_pixels(model, pixels, with_settings(model, tile_size=s, **settings), CPU) for s in (1024, 64))
+    whole, tiled = (
+        ms.enhance_pixels(model, pixels, with_settings(model, tile_size=s, **settings), CPU)
+        for s in (1024, 64)
+    )
     for a, b in zip([whole.best, *whole.samples], [tiled.best, *tiled.samples], strict=True):
         assert np.abs(a.astype(int) - b).max() <= 4
     np.testing.assert_allclose(whole.deviation, tiled.deviation, atol=1e-4)
@@ -114,24 +154,39 @@ def test_samples_and_uncertainty_do_not_depend_on_the_tiles() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "side", "halo"),
-    [(4000, 6000, 800, 112), (16, 16, 64, 8), (65, 64, 64, 24), (401, 1203, 64, 112), (289, 289, 64, 112), (997, 17, 128, 16)],
+    [
+        (4000, 6000, 800, 112),
+        (16, 16, 64, 8),
+        (65, 64, 64, 24),
+        (401, 1203, 64, 112),
+        (289, 289, 64, 112),
+        (997, 17, 128, 16),
+    ],
 )
-def test_tiles_cover_every_pixel_once_and_are_of_one_size(height: int, width: int, side: int, halo: int) -> None:
+def test_tiles_cover_every_pixel_once_and_are_of_one_size(
+    height: int, width: int, side: int, halo: int
+) -> None:
     seen = np.zeros((height, width), np.uint8)
     sizes = set()
     for core, outer in ms.plan_tiles(height, width, side, halo):
         seen[core[0] : core[1], core[2] : core[3]] += 1
-        assert outer[0] % 8 == outer[2] % 8 == 0  # strides and squeezes fall on the same pixels as in the whole picture
+        # strides and squeezes fall on the same pixels as in the whole picture
+        assert outer[0] % 8 == outer[2] % 8 == 0
         for axis, full in ((0, height), (2, width)):
-            assert outer[axis] <= max(0, core[axis] - halo) and outer[axis + 1] >= min(full, core[axis + 1] + halo)
+            assert outer[axis] <= max(0, core[axis] - halo) and outer[axis + 1] >= min(
+                full, core[axis + 1] + halo
+            )
             assert outer[axis + 1] - outer[axis] <= side + 2 * halo
-        sizes.add((-(-(outer[1] - outer[0]) // 8), -(-(outer[3] - outer[2]) // 8)))  # in blocks of 8, as the model pads
+        # in blocks of 8, as the model pads
+        sizes.add((-(-(outer[1] - outer[0]) // 8), -(-(outer[3] - outer[2]) // 8)))
     assert (seen == 1).all() and len(sizes) == 1
 
 
 def test_the_tile_follows_the_memory() -> None:
     model = small_model()
-    sides = [ms.tile_side(model, with_settings(model, memory_megabytes=size)) for size in (64, 600, 4000)]
+    sides = [
+        ms.tile_side(model, with_settings(model, memory_megabytes=size)) for size in (64, 600, 4000)
+    ]
     assert sides == sorted(set(sides)) and all(side % 8 == 0 for side in sides)
     assert ms.tile_side(model, with_settings(model, tile_size=320)) == 320
 
@@ -140,13 +195,18 @@ def test_the_tile_follows_the_memory() -> None:
 def test_thumbnail_in_bands_is_the_thumbnail(size: tuple[int, int]) -> None:
     pixels = noise_picture(*size)
     torch.testing.assert_close(
-        ms.whole_thumbnail(pixels, 32), ms.resize(ms.to_tensor(pixels)[None], (32, 32)), atol=1e-6, rtol=0
+        ms.whole_thumbnail(pixels, 32),
+        ms.resize(ms.to_tensor(pixels)[None], (32, 32)),
+        atol=1e-6,
+        rtol=0,
     )
 
 
 def test_noise_is_one_endless_field_of_normal_values() -> None:
     field = ms.latent_noise((1, 2), 0, 0, 150, 140)
-    torch.testing.assert_close(ms.latent_noise((1, 2), 60, 33, 70, 90), field[:, :, 60:130, 33:123], atol=0, rtol=0)
+    torch.testing.assert_close(
+        ms.latent_noise((1, 2), 60, 33, 70, 90), field[:, :, 60:130, 33:123], atol=0, rtol=0
+    )
     assert field.shape == (1, 48, 150, 140)
     assert abs(float(field.mean())) < 0.01 and abs(float(field.std()) - 1) < 0.01
     assert not torch.equal(field, ms.latent_noise((1, 3), 0, 0, 150, 140))
@@ -159,20 +219,24 @@ class Plain(ms.System):
         return (3 * low + 0.1 * temperature * torch.randn_like(low)).clamp(0, 1)
 
 
-def gradients(model: ms.ConditionalFlow, losses: Callable[[ms.Sample], dict[str, Tensor]], low: Tensor) -> Tensor:
+def gradients(
+    model: ms.ConditionalFlow, losses: Callable[[ms.Sample], dict[str, Tensor]], low: Tensor
+) -> Tensor:
     """The gradient of all losses of a batch, as one vector."""
     torch.manual_seed(0)
     model.zero_grad()
-    sum(losses(ms.Sample(low, low.sqrt(), low, torch.tensor([ms.WHOLE_BOX] * len(low)))).values()).backward()
+    sum(
+        losses(ms.Sample(low, low.sqrt(), low, torch.tensor([ms.WHOLE_BOX] * len(low)))).values()
+    ).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_the_memory_layout_changes_nothing() -> None:
     """channels_last is the default for its speed alone."""
     plain, other = small_model(), CPU.place(small_model())
-    assert next(p for p in other.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1).is_contiguous(
-        memory_format=torch.channels_last
-    )
+    assert next(
+        p for p in other.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1
+    ).is_contiguous(memory_format=torch.channels_last)
     low = ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(plain.enhance(low), other.enhance(low), atol=1e-5, rtol=0)
@@ -181,12 +245,19 @@ def test_the_memory_layout_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"),
+    reason="torch.compile needs a C++ compiler",
+)
 def test_a_compiled_model_gives_the_same() -> None:
     model, low = small_model(), ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model.enhance)(low), model.enhance(low), atol=1e-4, rtol=0)
-    one, two = (gradients(model, losses, low) for losses in (model.losses, torch.compile(model.losses)))
+        torch.testing.assert_close(
+            torch.compile(model.enhance)(low), model.enhance(low), atol=1e-4, rtol=0
+        )
+    one, two = (
+        gradients(model, losses, low) for losses in (model.losses, torch.compile(model.losses))
+    )
     torch.testing.assert_close(one, two, atol=1e-3 * float(one.abs().max()), rtol=0)
 
 
@@ -199,7 +270,7 @@ def test_another_system_sees_the_picture_whole() -> None:
     assert 0.02 < found.deviation.mean() < 0.15
 
 
-# alternatives and uncertainty ----------------------------------------------------------------------------------------
+# alternatives and uncertainty ---------------------------------------------------------------------
 
 
 def test_deviation_is_that_of_the_samples() -> None:
@@ -215,7 +286,9 @@ def test_samples_spread_with_the_temperature_around_the_best() -> None:
     model, pixels = small_model(), noise_picture(40, 48)
     spread = []
     for temperature in (0.2, 1.0):
-        found = ms.enhance_pixels(model, pixels, with_settings(model, samples=2, temperature=temperature), CPU)
+        found = ms.enhance_pixels(
+            model, pixels, with_settings(model, samples=2, temperature=temperature), CPU
+        )
         spread.append(np.abs(found.samples[0].astype(float) - found.best).mean())
         assert (found.samples[0] != found.samples[1]).any()
     assert spread[0] < 0.4 * spread[1]
@@ -223,10 +296,23 @@ def test_samples_spread_with_the_temperature_around_the_best() -> None:
     assert np.array_equal(plain.best, found.best)  # the best answer is not one of the drawn
 
 
-def test_samples_and_uncertainty_as_files(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_and_uncertainty_as_files(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     low = save_picture(tmp_path / "low.png", dark_picture(target_picture(2)))
-    assert enhance(checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "uncertainty=true", "seed=4") == 0
-    names = {"a.png", "a_sample1.png", "a_sample2.png", "a_uncertainty.png", "a_uncertainty_view.png"}
+    assert (
+        enhance(
+            checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "uncertainty=true", "seed=4"
+        )
+        == 0
+    )
+    names = {
+        "a.png",
+        "a_sample1.png",
+        "a_sample2.png",
+        "a_uncertainty.png",
+        "a_uncertainty_view.png",
+    }
     assert files_under(tmp_path / "o") == names
     deviation = skimage.io.imread(tmp_path / "o" / "a_uncertainty.png")
     assert deviation.dtype == np.uint16 and deviation.shape == (40, 48)
@@ -235,7 +321,10 @@ def test_samples_and_uncertainty_as_files(checkpoint: Path, tmp_path: Path, caps
     np.testing.assert_allclose(deviation / 65535, expected, atol=0.005)
     assert f"{deviation.mean() / 65535:.4f}" in capsys.readouterr().out
     view = skimage.io.imread(tmp_path / "o" / "a_uncertainty_view.png")
-    assert view.shape == (40, 48, 3) and view[deviation.argmax() // 48, deviation.argmax() % 48].min() > 200
+    assert (
+        view.shape == (40, 48, 3)
+        and view[deviation.argmax() // 48, deviation.argmax() % 48].min() > 200
+    )
     before = (tmp_path / "o" / "a_sample1.png").read_bytes()
     assert enhance(checkpoint, low, tmp_path / "o" / "a.png", "samples=2", "seed=4") == 0
     assert (tmp_path / "o" / "a_sample1.png").read_bytes() == before
@@ -243,7 +332,7 @@ def test_samples_and_uncertainty_as_files(checkpoint: Path, tmp_path: Path, caps
     assert (tmp_path / "o" / "a_sample1.png").read_bytes() != before
 
 
-# exposure ------------------------------------------------------------------------------------------------------------
+# exposure -----------------------------------------------------------------------------------------
 
 
 def test_exposure_is_a_gain_in_linear_light() -> None:
@@ -251,14 +340,18 @@ def test_exposure_is_a_gain_in_linear_light() -> None:
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     for stops in (-1.5, 0.0, 0.5):
         brighter = np.minimum(linear * 2**stops, 1)
-        expected = np.where(brighter <= 0.0031308, 12.92 * brighter, 1.055 * brighter ** (1 / 2.4) - 0.055)
+        expected = np.where(
+            brighter <= 0.0031308, 12.92 * brighter, 1.055 * brighter ** (1 / 2.4) - 0.055
+        )
         np.testing.assert_allclose(ms.exposed(stops), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("mean", [0.1, 0.4, 0.8])
 def test_stops_to_mean_reach_the_mean(mean: float) -> None:
     pixels = noise_picture(60, 50, np.uint16) // 2
-    assert ms.exposed(ms.stops_to_mean(pixels, mean))[pixels].mean() == pytest.approx(mean, abs=1e-4)
+    assert ms.exposed(ms.stops_to_mean(pixels, mean))[pixels].mean() == pytest.approx(
+        mean, abs=1e-4
+    )
 
 
 def test_exposure_and_reference_reach_the_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -274,18 +367,23 @@ def test_exposure_and_reference_reach_the_file(checkpoint: Path, tmp_path: Path)
         assert enhance(checkpoint, low, tmp_path / f"{name}.png", setting) == 0
         found[name] = skimage.io.imread(tmp_path / f"{name}.png").astype(float)
     assert found["dark"].mean() < found["plain"].mean() < found["bright"].mean()
-    gain = ms.srgb_to_linear(found["dark"] / 255).mean() / ms.srgb_to_linear(found["plain"] / 255).mean()
+    gain = (
+        ms.srgb_to_linear(found["dark"] / 255).mean()
+        / ms.srgb_to_linear(found["plain"] / 255).mean()
+    )
     assert gain == pytest.approx(0.5, abs=0.02)
     assert found["like"].mean() == pytest.approx(90, abs=0.6)
     assert enhance(checkpoint, low, tmp_path / "x.png", "reference=nowhere.png") == 2
 
 
-# what a file holds ---------------------------------------------------------------------------------------------------
+# what a file holds --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
-def test_orientation_is_applied_once_and_reset(checkpoint: Path, tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_orientation_is_applied_once_and_reset(
+    checkpoint: Path, tmp_path: Path, orientation: int, suffix: str
+) -> None:
     exif = Image.Exif()
     exif[ms.ORIENTATION] = orientation
     exif[0x010F] = "Maker"
@@ -312,23 +410,31 @@ def test_colour_profile_and_exif_are_kept(checkpoint: Path, tmp_path: Path, suff
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_16_bits_in_give_16_bits_out(checkpoint: Path, tmp_path: Path, suffix: str, channels: int) -> None:
+def test_16_bits_in_give_16_bits_out(
+    checkpoint: Path, tmp_path: Path, suffix: str, channels: int
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 65536, (30, 36, channels)).astype(np.uint16)
     source = tmp_path / f"low.{suffix}"
     if suffix == "tif":
         photometric = "rgb" if channels > 1 else "minisblack"
         tifffile.imwrite(
-            source, pixels.squeeze(), photometric=photometric, extrasamples=["unassalpha"] if channels == 4 else None
+            source,
+            pixels.squeeze(),
+            photometric=photometric,
+            extrasamples=["unassalpha"] if channels == 4 else None,
         )
     else:
         source.write_bytes(ms.encode_png16(pixels.squeeze(), ms.Picture(pixels)))
     picture = ms.read_picture(source)
     assert picture.pixels.dtype == np.uint16
-    assert np.array_equal(picture.pixels, np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[..., :3])
+    assert np.array_equal(
+        picture.pixels, np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[..., :3]
+    )
     assert (picture.note != "") == (channels == 1)
     assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
     out = ms.read_picture(tmp_path / f"out.{suffix}")
-    assert out.pixels.dtype == np.uint16 and len(np.unique(out.pixels % 257)) > 50  # the lower byte is alive
+    # the lower byte is alive
+    assert out.pixels.dtype == np.uint16 and len(np.unique(out.pixels % 257)) > 50
     assert (out.alpha is not None) == (channels == 4)
     if channels == 4:
         assert np.array_equal(out.alpha, pixels[..., 3])
@@ -345,24 +451,32 @@ def test_16_bit_png_is_read_by_others(shape: tuple[int, ...]) -> None:
     exif = Image.Exif()
     exif[0x010F] = "Maker"
     data = ms.encode_png16(pixels, ms.Picture(pixels, icc=b"profile" * 9, exif=exif.tobytes()))
-    read = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+    read = (
+        decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+    )
     assert np.array_equal(read.reshape(shape), pixels)
     with Image.open(io.BytesIO(data)) as picture:
         picture.load()
-        assert picture.info["icc_profile"] == b"profile" * 9 and picture.getexif()[0x010F] == "Maker"
+        assert (
+            picture.info["icc_profile"] == b"profile" * 9 and picture.getexif()[0x010F] == "Maker"
+        )
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
 def test_alpha_passes_through(checkpoint: Path, tmp_path: Path, suffix: str) -> None:
     alpha = np.arange(40 * 48, dtype=np.uint8).reshape(40, 48)
     source = tmp_path / f"low.{suffix}"
-    Image.fromarray(np.dstack([target_picture(1), alpha])).save(source, **({"lossless": True} if suffix == "webp" else {}))
+    Image.fromarray(np.dstack([target_picture(1), alpha])).save(
+        source, **({"lossless": True} if suffix == "webp" else {})
+    )
     assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
     with Image.open(tmp_path / f"out.{suffix}") as out:
         assert out.mode == "RGBA" and np.array_equal(np.asarray(out)[..., 3], alpha)
 
 
-@pytest.mark.parametrize(("mode", "words"), [("L", "grey"), ("1", "grey"), ("LA", "grey"), ("CMYK", "CMYK"), ("P", "")])
+@pytest.mark.parametrize(
+    ("mode", "words"), [("L", "grey"), ("1", "grey"), ("LA", "grey"), ("CMYK", "CMYK"), ("P", "")]
+)
 def test_other_colour_modes_are_converted_and_noted(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, words: str
 ) -> None:
@@ -403,11 +517,13 @@ def test_pictures_that_are_refused_in_one_line(
     elif kind == "lzw":
         path.write_bytes(b"II*\0\x08\0\0\0\0\0")
     before = files_under(tmp_path)
-    assert_one_line_error(enhance(checkpoint, path, tmp_path / "out.png"), capsys.readouterr().err, str(path))
+    assert_one_line_error(
+        enhance(checkpoint, path, tmp_path / "out.png"), capsys.readouterr().err, str(path)
+    )
     assert files_under(tmp_path) == before
 
 
-# folders -------------------------------------------------------------------------------------------------------------
+# folders ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -421,14 +537,23 @@ def album(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(checkpoint: Path, album: Path, tmp_path: Path) -> None:
+def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(
+    checkpoint: Path, album: Path, tmp_path: Path
+) -> None:
     files = ("--checkpoint", checkpoint, "--input", album, "--output", tmp_path / "out")
     done = run_script("--mode", "enhance", *files, cwd=tmp_path)
     assert done.returncode == 1
     assert "broken.png" in done.stderr and "Traceback" not in done.stderr
     assert "image/s" in done.stderr  # the bar
     assert "3 enhanced, 1 failed" in done.stdout
-    assert files_under(tmp_path / "out") == {"a.png", "deep", "deep/b.jpg", "deep/er", "deep/er/c.PNG", "enhance.csv"}
+    assert files_under(tmp_path / "out") == {
+        "a.png",
+        "deep",
+        "deep/b.jpg",
+        "deep/er",
+        "deep/er/c.PNG",
+        "enhance.csv",
+    }
     rows = rows_of(tmp_path / "out")
     assert set(rows) == {"a.png", "b.jpg", "c.PNG", "broken.png"}
     broken = rows.pop("broken.png")
@@ -438,8 +563,12 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(checkpoint: Path, 
         assert Path(row["output"]).exists() and float(row["seconds"]) > 0
         with Image.open(row["file"]) as low, Image.open(row["output"]) as high:
             assert low.size == high.size == (int(row["width"]), int(row["height"]))
-            assert float(row["brightness_before"]) == pytest.approx(np.asarray(low).mean() / 255, abs=1e-4)
-            assert float(row["brightness_after"]) == pytest.approx(np.asarray(high).mean() / 255, abs=0.01)
+            assert float(row["brightness_before"]) == pytest.approx(
+                np.asarray(low).mean() / 255, abs=1e-4
+            )
+            assert float(row["brightness_after"]) == pytest.approx(
+                np.asarray(high).mean() / 255, abs=0.01
+            )
 
 
 def test_what_is_done_is_skipped_unless_told_otherwise(
@@ -454,7 +583,10 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     capsys.readouterr()
     assert enhance(checkpoint, album, out) == 0
     assert "2 of them already done" in capsys.readouterr().out
-    assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {"a.png", "enhance.csv"}
+    assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {
+        "a.png",
+        "enhance.csv",
+    }
     again = rows_of(out)
     assert list(again) == list(first) and again["b.jpg"] == first["b.jpg"]
     assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
@@ -462,7 +594,9 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
 
 
-def test_pictures_of_a_killed_run_are_listed_by_the_next(checkpoint: Path, album: Path, tmp_path: Path) -> None:
+def test_pictures_of_a_killed_run_are_listed_by_the_next(
+    checkpoint: Path, album: Path, tmp_path: Path
+) -> None:
     (album / "deep" / "broken.png").unlink()
     out = tmp_path / "out"
     assert enhance(checkpoint, album, out) == 0
@@ -472,12 +606,20 @@ def test_pictures_of_a_killed_run_are_listed_by_the_next(checkpoint: Path, album
     assert enhance(checkpoint, album, out) == 0
     again = rows_of(out)
     assert again.keys() == first.keys() and again["a.png"]["note"] == first["a.png"]["note"]
-    assert {row["note"] for name, row in again.items() if name != "a.png"} == {"made by an earlier run"}
+    assert {row["note"] for name, row in again.items() if name != "a.png"} == {
+        "made by an earlier run"
+    }
 
 
-@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
-    checkpoint: Path, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+    checkpoint: Path,
+    album: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
 ) -> None:
     (album / "deep" / "broken.png").unlink()
     real = ms.enhance_pixels
@@ -494,16 +636,28 @@ def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
     assert sum("failed" in row["note"] for row in rows.values()) == 1
 
 
-def test_patterns_and_single_files_into_a_folder(checkpoint: Path, album: Path, tmp_path: Path) -> None:
-    assert enhance(checkpoint, f"{album}/**/*.[pP][nN][gG]", tmp_path / "one") == 1  # the broken one is among them
-    assert files_under(tmp_path / "one") == {"a.png", "deep", "deep/er", "deep/er/c.PNG", "enhance.csv"}
+def test_patterns_and_single_files_into_a_folder(
+    checkpoint: Path, album: Path, tmp_path: Path
+) -> None:
+    # the broken one is among them
+    assert enhance(checkpoint, f"{album}/**/*.[pP][nN][gG]", tmp_path / "one") == 1
+    assert files_under(tmp_path / "one") == {
+        "a.png",
+        "deep",
+        "deep/er",
+        "deep/er/c.PNG",
+        "enhance.csv",
+    }
     assert enhance(checkpoint, album / "a.png", f"{tmp_path}/two/") == 0
     assert files_under(tmp_path / "two") == {"a.png"}
     odd = save_picture(tmp_path / "odd[1].png", dark_picture(target_picture(1)))
-    assert enhance(checkpoint, odd, tmp_path / "three.png") == 0  # a name with magic characters is still a name
+    # a name with magic characters is still a name
+    assert enhance(checkpoint, odd, tmp_path / "three.png") == 0
 
 
-def test_results_inside_the_input_folder_are_not_enhanced_again(checkpoint: Path, album: Path) -> None:
+def test_results_inside_the_input_folder_are_not_enhanced_again(
+    checkpoint: Path, album: Path
+) -> None:
     (album / "deep" / "broken.png").unlink()
     for _ in range(2):
         assert enhance(checkpoint, album, album / "out") == 0
@@ -524,11 +678,13 @@ def test_folders_that_are_refused(
     }[kind]
     before = files_under(tmp_path)
     status = enhance(checkpoint, source, target)
-    assert_one_line_error(status, capsys.readouterr().err, str(source) if kind != "itself" else "itself")
+    assert_one_line_error(
+        status, capsys.readouterr().err, str(source) if kind != "itself" else "itself"
+    )
     assert files_under(tmp_path) == before
 
 
-# clips ---------------------------------------------------------------------------------------------------------------
+# clips --------------------------------------------------------------------------------------------
 
 
 def write_clip(path: Path, frames: list[np.ndarray], sound: bool = False) -> Path:
@@ -557,17 +713,26 @@ def read_clip(path: Path) -> tuple[list[np.ndarray], int]:
     with av.open(str(path)) as reading:
         frames = [frame.to_ndarray(format="rgb24") for frame in reading.decode(video=0)]
     with av.open(str(path)) as reading:
-        return frames, sum(packet.size > 0 for packet in reading.demux(audio=0)) if reading.streams.audio else 0
+        return frames, (
+            sum(packet.size > 0 for packet in reading.demux(audio=0))
+            if reading.streams.audio
+            else 0
+        )
 
 
 def noisy_clip(scene: np.ndarray, count: int, strength: float = 3.0) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [np.clip(scene + rng.normal(0, strength, scene.shape), 0, 255).astype(np.uint8) for _ in range(count)]
+    return [
+        np.clip(scene + rng.normal(0, strength, scene.shape), 0, 255).astype(np.uint8)
+        for _ in range(count)
+    ]
 
 
 def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> None:
     """The noise differs in every frame; the mean of the enhanced frames must not."""
-    source = write_clip(tmp_path / "in.mp4", noisy_clip(dark_picture(target_picture(4, 96, 128)), 20), sound=True)
+    source = write_clip(
+        tmp_path / "in.mp4", noisy_clip(dark_picture(target_picture(4, 96, 128)), 20), sound=True
+    )
     assert enhance(checkpoint, source, tmp_path / "out.mp4") == 0
     frames, sound = read_clip(tmp_path / "out.mp4")
     assert len(frames) == 20 and frames[0].shape == (96, 128, 3) and sound > 10
@@ -580,7 +745,9 @@ def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> Non
 def test_surveys_are_averaged_until_the_scene_changes() -> None:
     model = small_model()
     with torch.no_grad():
-        one, near, far = (model.survey(torch.full((1, 3, 32, 32), level)) for level in (0.2, 0.21, 0.6))
+        one, near, far = (
+            model.survey(torch.full((1, 3, 32, 32), level)) for level in (0.2, 0.21, 0.6)
+        )
     mixed = ms.smooth_survey(one, near, 0.25)
     for a, b, c in zip(one, near, mixed, strict=True):
         torch.testing.assert_close(c, 0.75 * a + 0.25 * b)
@@ -588,14 +755,23 @@ def test_surveys_are_averaged_until_the_scene_changes() -> None:
 
 
 def test_broken_clips_and_a_missing_package(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("av", reason="the optional package av is not installed")
     source = tmp_path / "in.mp4"
     source.write_bytes(b"no clip at all" * 50)
     before = files_under(tmp_path)
-    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, str(source))
-    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.png"), capsys.readouterr().err, ".mp4")
+    assert_one_line_error(
+        enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, str(source)
+    )
+    assert_one_line_error(
+        enhance(checkpoint, source, tmp_path / "out.png"), capsys.readouterr().err, ".mp4"
+    )
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    assert_one_line_error(enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, "pip install av")
+    assert_one_line_error(
+        enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, "pip install av"
+    )
     assert files_under(tmp_path) == before

@@ -22,7 +22,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ms.Config(flow_channels=16, num_flow_blocks=2, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.05)
     path = tmp_path_factory.mktemp("weights") / "best_model.pth"
-    ms.save_checkpoint(path, {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r", "epoch": 1})
+    ms.save_checkpoint(
+        path,
+        {
+            "config": dataclasses.asdict(config),
+            "model": model.state_dict(),
+            "run_id": "r",
+            "epoch": 1,
+        },
+    )
     return path
 
 
@@ -33,14 +41,18 @@ def export(checkpoint: Path, target: Path) -> int:
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason="the optional packages onnx, onnxruntime and onnxscript are not installed")
+        pytest.importorskip(
+            name, reason="the optional packages onnx, onnxruntime and onnxscript are not installed"
+        )
     path = tmp_path_factory.mktemp("onnx") / "enhancer.onnx"
     assert export(checkpoint, path) == 0
     return path
 
 
 @pytest.mark.parametrize("size", [(16, 16), (61, 47), (130, 333)])
-def test_onnx_and_pytorch_agree_at_any_size(checkpoint: Path, exported: Path, size: tuple[int, int]) -> None:
+def test_onnx_and_pytorch_agree_at_any_size(
+    checkpoint: Path, exported: Path, size: tuple[int, int]
+) -> None:
     import onnxruntime
 
     model = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)[0]
@@ -65,7 +77,11 @@ def test_the_export_is_one_file_and_says_how_to_run_it(
 
 
 def test_a_file_that_differs_is_not_kept(
-    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(ms, "EXPORT_TOLERANCE", 0.0)
     status = export(checkpoint, tmp_path / "e.onnx")
@@ -75,20 +91,36 @@ def test_a_file_that_differs_is_not_kept(
 
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
 def test_missing_packages_are_named(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    assert_one_line_error(export(checkpoint, tmp_path / "e.onnx"), capsys.readouterr().err, "pip install", name)
+    assert_one_line_error(
+        export(checkpoint, tmp_path / "e.onnx"), capsys.readouterr().err, "pip install", name
+    )
 
 
 def test_what_onnx_cannot_express_is_one_line(
-    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ms.Enhancer, "forward", lambda self, low: low + torch.linalg.svdvals(low).sum())
+    monkeypatch.setattr(
+        ms.Enhancer, "forward", lambda self, low: low + torch.linalg.svdvals(low).sum()
+    )
     status = export(checkpoint, tmp_path / "e.onnx")
-    assert_one_line_error(status, capsys.readouterr().err, "--mode export", "ConditionalFlow", "--mode enhance")
+    assert_one_line_error(
+        status, capsys.readouterr().err, "--mode export", "ConditionalFlow", "--mode enhance"
+    )
     assert files_under(tmp_path) == set()
 
 
-def test_another_suffix_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_suffix_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_one_line_error(export(checkpoint, tmp_path / "e.pt"), capsys.readouterr().err, ".onnx")

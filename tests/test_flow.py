@@ -1,4 +1,5 @@
-"""The conditional flow: every layer is a bijection whose log-determinant is that of its Jacobian."""
+"""The conditional flow: every layer is a bijection whose log-determinant is that of its
+Jacobian."""
 
 from __future__ import annotations
 
@@ -19,10 +20,14 @@ Case = tuple[nn.Module, Tensor, object]
 
 
 def small_config(**settings: object) -> ms.Config:
-    return ms.Config(**{"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, **settings})
+    return ms.Config(
+        **{"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, **settings}
+    )
 
 
-def small_model(dtype: torch.dtype = torch.float32, scale: float = 0.05, **settings: object) -> ms.ConditionalFlow:
+def small_model(
+    dtype: torch.dtype = torch.float32, scale: float = 0.05, **settings: object
+) -> ms.ConditionalFlow:
     torch.manual_seed(3)
     model = randomise(ms.ConditionalFlow(small_config(**settings)), scale)
     return model.to(dtype).eval()
@@ -53,7 +58,11 @@ def conv_case() -> Case:
 
 def coupling_case(first: bool) -> Case:
     torch.manual_seed(1)
-    return randomise(ms.Coupling(12, 5, 16, first), 0.3), normals(2, 12, 4, 4), normals(2, 5, 4, 4, seed=1)
+    return (
+        randomise(ms.Coupling(12, 5, 16, first), 0.3),
+        normals(2, 12, 4, 4),
+        normals(2, 5, 4, 4, seed=1),
+    )
 
 
 def flow_case(blocks: int = 2) -> Case:
@@ -88,13 +97,16 @@ def one(value: object, item: int) -> object:
 
 def jacobian_log_det(layer: nn.Module, x: Tensor, condition: object) -> float:
     """log |det J| of layer.forward at one item (1, ...), by automatic differentiation."""
-    matrix = torch.autograd.functional.jacobian(lambda v: layer(v.reshape(x.shape), condition)[0].flatten(), x.flatten())
+    matrix = torch.autograd.functional.jacobian(
+        lambda v: layer(v.reshape(x.shape), condition)[0].flatten(), x.flatten()
+    )
     assert matrix.shape == (x.numel(), x.numel())
     return float(torch.linalg.slogdet(matrix).logabsdet)
 
 
 def check_bijection(layer: nn.Module, x: Tensor, condition: object, tolerance: float) -> None:
-    """inverse(forward(x)) = x, forward(inverse(y)) = y, and the two log-determinants cancel, item by item."""
+    """inverse(forward(x)) = x, forward(inverse(y)) = y, and the two log-determinants cancel, item
+    by item."""
     with torch.no_grad():
         y, forward = layer(x, condition)
         back, inverse = layer.inverse(y, condition)
@@ -138,7 +150,8 @@ def test_flow_latent_has_as_many_numbers_as_the_picture() -> None:
 
 
 def test_two_blocks_change_every_channel() -> None:
-    """With the 1x1 convolutions left at the identity, the alternating couplings alone must reach every latent value."""
+    """With the 1x1 convolutions left at the identity, the alternating couplings alone must reach
+    every latent value."""
     flow, y, condition = flow_case(2)
     flow.double()
     with torch.no_grad():
@@ -177,16 +190,21 @@ def test_invertible_conv_stays_exact_under_autocast() -> None:
 @pytest.mark.parametrize(("mean", "sigma"), [(0.0, 1.0), (0.5, 0.01), (-2.0, 7.0)])
 def test_gaussian_log_prob_is_that_of_scipy(mean: float, sigma: float) -> None:
     z = mean + sigma * normals(3, 2, 4, 4)
-    ours = ms.gaussian_log_prob(z, torch.full_like(z, mean), torch.tensor(math.log(sigma), dtype=z.dtype))
+    ours = ms.gaussian_log_prob(
+        z, torch.full_like(z, mean), torch.tensor(math.log(sigma), dtype=z.dtype)
+    )
     expected = scipy.stats.norm.logpdf(z.numpy(), mean, sigma).reshape(3, -1).sum(1)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
 def test_bits_per_dim_of_a_gaussian_is_its_entropy_plus_eight() -> None:
-    """A density of [0, 1] values costs its differential entropy in bits and 8 more for 256 levels."""
+    """A density of [0, 1] values costs its differential entropy in bits and 8 more for 256
+    levels."""
     sigma = 0.05
     z = 0.5 + sigma * normals(4, 50_000)
-    log_prob = ms.gaussian_log_prob(z, torch.full_like(z, 0.5), torch.tensor(math.log(sigma), dtype=z.dtype))
+    log_prob = ms.gaussian_log_prob(
+        z, torch.full_like(z, 0.5), torch.tensor(math.log(sigma), dtype=z.dtype)
+    )
     bits = ms.bits_per_dim(log_prob, z.shape[1])
     expected = float(scipy.stats.norm(0.5, sigma).entropy()) / math.log(2) + 8
     assert bits.shape == (4,)
@@ -198,14 +216,21 @@ def test_uniform_density_costs_eight_bits() -> None:
 
 
 def test_discrete_gaussian_costs_what_its_probabilities_say() -> None:
-    """Dequantisation bounds the discrete code length from above, and tightly for a density that is flat within a level."""
+    """Dequantisation bounds the discrete code length from above, and tightly for a density that is
+    flat within a level."""
     levels = torch.arange(256, dtype=torch.float64)
     mass = torch.from_numpy(scipy.stats.norm.pdf(levels.numpy(), 128, 30))
     mass /= mass.sum()
-    drawn = torch.multinomial(mass, 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        mass, 100_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     y = ms.dequantise(drawn.double() / 255, pixels(len(drawn), seed=4))[None]
-    log_prob = ms.gaussian_log_prob(y, torch.full_like(y, 128.5 / 256), torch.tensor(math.log(30 / 256), dtype=y.dtype))
-    assert float(ms.bits_per_dim(log_prob, len(drawn))) == pytest.approx(float(-mass[drawn].log2().mean()), abs=2e-3)
+    log_prob = ms.gaussian_log_prob(
+        y, torch.full_like(y, 128.5 / 256), torch.tensor(math.log(30 / 256), dtype=y.dtype)
+    )
+    assert float(ms.bits_per_dim(log_prob, len(drawn))) == pytest.approx(
+        float(-mass[drawn].log2().mean()), abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 1e-9])
@@ -213,7 +238,8 @@ def test_dequantise_round_trip(noise: float) -> None:
     levels = torch.arange(256, dtype=torch.float64) / 255
     y = ms.dequantise(levels, torch.full_like(levels, noise))
     assert y.min() >= 0 and y.max() < 1
-    assert torch.equal((y * 256).floor(), torch.arange(256, dtype=torch.float64))  # each level keeps to its own bin
+    # each level keeps to its own bin
+    assert torch.equal((y * 256).floor(), torch.arange(256, dtype=torch.float64))
     back = ms.requantise(y) * 255
     assert (back - levels * 255).abs().max() <= 0.5 + 1e-9
     if noise == 0.5:
@@ -231,7 +257,8 @@ def test_enhance_keeps_size_and_range(size: tuple[int, int]) -> None:
 
 
 def test_fresh_model_answers_middle_grey() -> None:
-    """Everything between the picture and the prior mean starts as the identity, and the mean at 0, the logit of 1/2."""
+    """Everything between the picture and the prior mean starts as the identity, and the mean at 0,
+    the logit of 1/2."""
     model = ms.ConditionalFlow(small_config()).eval()
     with torch.no_grad():
         enhanced = model.enhance(pixels(1, 3, 16, 24).float())
@@ -246,11 +273,14 @@ def test_decoding_the_encoded_picture_gives_it_back() -> None:
         _, latent = model.log_likelihood(high, condition, pixels(1, 3, 24, 16, seed=3).float())
         back = model.decode(condition.prior_mean + latent * model.log_sigma.exp(), condition)
     assert (back - high).abs().max() * 255 <= 0.5 + 1e-2
-    assert torch.equal((back * 255 + torch.where(back > high, -0.02, 0.02)).round(), (high * 255).round())
+    assert torch.equal(
+        (back * 255 + torch.where(back > high, -0.02, 0.02)).round(), (high * 255).round()
+    )
 
 
 def test_likelihood_is_the_change_of_variables_by_hand() -> None:
-    """Log density of the latent by SciPy plus the log-determinant of a 192 x 192 Jacobian, for each of two pictures."""
+    """Log density of the latent by SciPy plus the log-determinant of a 192 x 192 Jacobian, for each
+    of two pictures."""
     model = small_model(torch.float64)
     low, high = pixels(2, 3, 8, 8, seed=1), pixels(2, 3, 8, 8, seed=2)
     torch.manual_seed(5)
@@ -263,7 +293,9 @@ def test_likelihood_is_the_change_of_variables_by_hand() -> None:
     sigma = float(model.log_sigma.detach().exp())
     for item in range(2):
         features = tuple(part[item : item + 1] for part in condition.features)
-        log_density = scipy.stats.norm.logpdf(latent[item].numpy(), condition.prior_mean[item].numpy(), sigma).sum()
+        log_density = scipy.stats.norm.logpdf(
+            latent[item].numpy(), condition.prior_mean[item].numpy(), sigma
+        ).sum()
         log_density += jacobian_log_det(model.flow, y[item : item + 1], features)
         assert float(bits[item]) == pytest.approx(-log_density / (192 * math.log(2)) + 8, abs=1e-8)
     torch.testing.assert_close(standardised, (latent - condition.prior_mean) / sigma)
@@ -304,7 +336,11 @@ def test_temperature_zero_is_deterministic_and_above_zero_is_not() -> None:
 def test_temperature_is_in_prior_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     latents: list[Tensor] = []
-    monkeypatch.setattr(ms.ConditionalFlow, "decode", lambda self, z, c: latents.append(z) or z.new_zeros(1, 3, 64, 64))
+    monkeypatch.setattr(
+        ms.ConditionalFlow,
+        "decode",
+        lambda self, z, c: latents.append(z) or z.new_zeros(1, 3, 64, 64),
+    )
     with torch.no_grad():
         model.enhance(pixels(1, 3, 64, 64).float())
         model.enhance(pixels(1, 3, 64, 64).float(), 0.8)
@@ -312,11 +348,14 @@ def test_temperature_is_in_prior_deviations(monkeypatch: pytest.MonkeyPatch) -> 
     assert spread == pytest.approx(0.8, rel=0.05)
 
 
-BOXES = [(8, 16, 24, 40), (0, 0, 16, 8), (24, 40, 32, 48)]  # top, left, bottom, right of a 32 x 48 picture
+# top, left, bottom, right of a 32 x 48 picture
+BOXES = [(8, 16, 24, 40), (0, 0, 16, 8), (24, 40, 32, 48)]
 
 
 def box_of(top: int, left: int, bottom: int, right: int, height: int, width: int) -> Tensor:
-    return torch.tensor([[left / width, top / height, right / width, bottom / height]], dtype=torch.float64)
+    return torch.tensor(
+        [[left / width, top / height, right / width, bottom / height]], dtype=torch.float64
+    )
 
 
 def test_sample_grid_of_the_whole_is_bilinear_interpolation() -> None:
@@ -341,7 +380,8 @@ def test_sample_grid_reads_every_item_at_its_own_box() -> None:
     together = ms.sample_grid(grid, boxes, (8, 8))
     for item in range(3):
         torch.testing.assert_close(
-            together[item : item + 1], ms.sample_grid(grid[item : item + 1], boxes[item : item + 1], (8, 8))
+            together[item : item + 1],
+            ms.sample_grid(grid[item : item + 1], boxes[item : item + 1], (8, 8)),
         )
     assert not torch.allclose(together[0], ms.sample_grid(grid[:1], boxes[1:2], (8, 8))[0])
 
@@ -362,8 +402,11 @@ def test_padded_box_leaves_the_picture_where_it_was(height: int, width: int) -> 
         torch.testing.assert_close(stretched[..., :height, :width], plain, atol=1e-12, rtol=0)
 
 
-def crop_difference(model: ms.ConditionalFlow, low: Tensor, place: Sequence[int], shift: float, cut: int) -> Tensor:
-    """Largest |crop - whole| of the enhanced picture and of every condition, `cut` pixels inside the crop's rims.
+def crop_difference(
+    model: ms.ConditionalFlow, low: Tensor, place: Sequence[int], shift: float, cut: int
+) -> Tensor:
+    """Largest |crop - whole| of the enhanced picture and of every condition, `cut` pixels inside
+    the crop's rims.
 
     `shift` falsifies the crop's box, as a share of the picture.
     """
@@ -375,7 +418,10 @@ def crop_difference(model: ms.ConditionalFlow, low: Tensor, place: Sequence[int]
         box = box_of(*place, *low.shape[-2:]).float() + shift
         part = model.condition(low[..., top:bottom, left:right], model.survey(thumbnail), box)
         pairs = [(model.decode(part.prior_mean, part), model.decode(whole.prior_mean, whole), 1)]
-        pairs += [(part.features[0], whole.features[0], 2), (part.features[1], whole.features[1], 4)]
+        pairs += [
+            (part.features[0], whole.features[0], 2),
+            (part.features[1], whole.features[1], 4),
+        ]
         pairs += [(part.prior_mean, whole.prior_mean, 4)]
     worst = []
     for ours, full, stride in pairs:
@@ -396,7 +442,8 @@ def test_crop_with_the_whole_thumbnail_agrees_with_the_whole_picture() -> None:
 
 
 def test_prior_mean_is_in_the_latents_layout() -> None:
-    """A fresh flow is logit map and squeezes alone, so decoding the mean must give the colour grid, read as a picture."""
+    """A fresh flow is logit map and squeezes alone, so decoding the mean must give the colour grid,
+    read as a picture."""
     torch.manual_seed(0)
     model = ms.ConditionalFlow(small_config()).eval().double()
     randomise(model.global_branch, 0.05)
@@ -404,7 +451,9 @@ def test_prior_mean_is_in_the_latents_layout() -> None:
     with torch.no_grad():
         thumbnail = ms.resize(low, (32, 32))
         colour = model.survey(thumbnail).colour
-        expected = ms.LogitMap().inverse(F.interpolate(colour, size=(32, 48), mode="bilinear", align_corners=False))[0]
+        expected = ms.LogitMap().inverse(
+            F.interpolate(colour, size=(32, 48), mode="bilinear", align_corners=False)
+        )[0]
         enhanced = model.enhance(low)
     assert enhanced.std() > 1e-3
     torch.testing.assert_close(enhanced, ms.requantise(expected), atol=1e-9, rtol=0)

@@ -1,4 +1,5 @@
-"""Checkpoints from anywhere: good weights load, everything else costs one line, no memory, and none of its code runs."""
+"""Checkpoints from anywhere: good weights load, everything else costs one line, no memory, and none
+of its code runs."""
 
 from __future__ import annotations
 
@@ -32,8 +33,16 @@ def good_content() -> Content:
     torch.manual_seed(5)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
     model = randomise(ms.ConditionalFlow(config), 0.04)
-    content = {"format_version": ms.FORMAT_VERSION, "config": dataclasses.asdict(config), "model": model.state_dict()}
-    return content | {"run_id": "r", "epoch": 1, "training_thumbnails": torch.zeros(3, 16, 16, 3, dtype=torch.uint8)}
+    content = {
+        "format_version": ms.FORMAT_VERSION,
+        "config": dataclasses.asdict(config),
+        "model": model.state_dict(),
+    }
+    return content | {
+        "run_id": "r",
+        "epoch": 1,
+        "training_thumbnails": torch.zeros(3, 16, 16, 3, dtype=torch.uint8),
+    }
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -42,7 +51,9 @@ def saved(content: Any, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def packed(data: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def packed(
+    data: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED
+) -> bytes:
     """The zip file with every entry changed."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", compression) as new:
@@ -67,7 +78,9 @@ def configured(**changes: Any) -> bytes:
 
 def weighted(change: Callable[[str, torch.Tensor], Any]) -> bytes:
     content = good_content()
-    return saved(content | {"model": {name: change(name, value) for name, value in content["model"].items()}})
+    return saved(
+        content | {"model": {name: change(name, value) for name, value in content["model"].items()}}
+    )
 
 
 def overlapping(data: bytes) -> bytes:
@@ -86,7 +99,9 @@ def overlapping(data: bytes) -> bytes:
 
 def longer_storage() -> bytes:
     """The one tensor says that it has 2^30 numbers."""
-    data = saved({"format_version": ms.FORMAT_VERSION, "config": {}, "model": {"a": torch.ones(999)}})
+    data = saved(
+        {"format_version": ms.FORMAT_VERSION, "config": {}, "model": {"a": torch.ones(999)}}
+    )
     return packed(data, lambda name, content: content.replace(b"M\xe7\x03", b"J\0\0\0\x40"))
 
 
@@ -123,7 +138,9 @@ def traps(path: str) -> dict[str, bytes]:
         archive.writestr("other/data.pkl", b"\x80\x02" + call)
     return {
         "plain pickle": pickle.dumps({"format_version": 1, "config": {}, "model": trap}),
-        "old format": saved({"format_version": 1, "config": {}, "model": trap}, _use_new_zipfile_serialization=False),
+        "old format": saved(
+            {"format_version": 1, "config": {}, "model": trap}, _use_new_zipfile_serialization=False
+        ),
         "among the weights": changed(model={"log_sigma": trap}),
         "in a corner": changed(notes=[{"x": trap}]),
         "as a key": saved({"format_version": 1, "config": {}, "model": {}, ("x", trap): 1}),
@@ -139,28 +156,58 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # its content and a word of
     "picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(99), "not a checkpoint"),
     "empty zip": (lambda: b"PK\x05\x06" + bytes(18), "not a checkpoint"),
     "zip of a text": (lambda: pickled(b"hello"), "not a checkpoint"),
-    "old format": (lambda: saved(good_content(), _use_new_zipfile_serialization=False), "not a checkpoint"),
+    "old format": (
+        lambda: saved(good_content(), _use_new_zipfile_serialization=False),
+        "not a checkpoint",
+    ),
     "zip bomb": (
-        lambda: packed(changed(), lambda n, d: bytes(2**29) if n.endswith("pkl") else d, zipfile.ZIP_DEFLATED),
+        lambda: packed(
+            changed(), lambda n, d: bytes(2**29) if n.endswith("pkl") else d, zipfile.ZIP_DEFLATED
+        ),
         "compressed",
     ),
-    "packed weights": (lambda: packed(changed(), lambda n, d: d, zipfile.ZIP_DEFLATED), "compressed"),
+    "packed weights": (
+        lambda: packed(changed(), lambda n, d: d, zipfile.ZIP_DEFLATED),
+        "compressed",
+    ),
     "overlapping entries": (lambda: overlapping(changed()), "not a checkpoint"),
     "long table": (lambda: pickled(b"\x80\x02" + b"K\x01" * 2**23 + b"."), "too long"),
-    "bytes from nowhere": (lambda: pickled(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R."), "bytearray"),
+    "bytes from nowhere": (
+        lambda: pickled(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R."),
+        "bytearray",
+    ),
     "doubling": (
         lambda: pickled(
-            b"\x80\x02" + b"c_codecs\nencode\n" * 29 + b"X\x01\x00\x00\x00a" + b"X\x03\x00\x00\x00hex\x86R" * 29 + b"."
+            b"\x80\x02"
+            + b"c_codecs\nencode\n" * 29
+            + b"X\x01\x00\x00\x00a"
+            + b"X\x03\x00\x00\x00hex\x86R" * 29
+            + b"."
         ),
         "encode",
     ),
-    "storage from nowhere": (lambda: pickled(b"\x80\x02ctorch\nUntypedStorage\nJ\x00\x00\x00\x40\x85R."), "UntypedStorage"),
-    "tensor from nowhere": (lambda: pickled(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x40\x85R."), "FloatTensor"),
+    "storage from nowhere": (
+        lambda: pickled(b"\x80\x02ctorch\nUntypedStorage\nJ\x00\x00\x00\x40\x85R."),
+        "UntypedStorage",
+    ),
+    "tensor from nowhere": (
+        lambda: pickled(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x40\x85R."),
+        "FloatTensor",
+    ),
     "longer storage": (lambda: longer_storage(), "not a checkpoint"),
     "list": (lambda: saved([1, 2]), "missing"),
-    "no model": (lambda: saved({k: v for k, v in good_content().items() if k != "model"}), "missing"),
-    "no config": (lambda: saved({k: v for k, v in good_content().items() if k != "config"}), "missing"),
-    "no version": (lambda: saved({k: v for k, v in good_content().items() if k != "format_version"}), "missing"),
+    "no model": (
+        lambda: saved({k: v for k, v in good_content().items() if k != "model"}),
+        "missing",
+    ),
+    "no config": (
+        lambda: saved({k: v for k, v in good_content().items() if k != "config"}),
+        "missing",
+    ),
+    "no version": (
+        lambda: saved({k: v for k, v in good_content().items() if k != "format_version"}),
+        "missing",
+    ),
     "version 2": (lambda: changed(format_version=ms.FORMAT_VERSION + 1), "format version"),
     "version true": (lambda: changed(format_version=True), "format version"),
     "version text": (lambda: changed(format_version="1"), "format version"),
@@ -174,7 +221,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # its content and a word of
     "config tensor": (lambda: changed(config=torch.ones(3)), "config"),
     "config unknown": (lambda: configured(flow_chanels=8), "flow_channels"),
     "config absurd": (lambda: configured(flow_channels=10**9), "flow_channels must be an integer"),
-    "config largest": (lambda: configured(flow_channels=1024, num_flow_blocks=64, thumbnail_size=512), "do not fit"),
+    "config largest": (
+        lambda: configured(flow_channels=1024, num_flow_blocks=64, thumbnail_size=512),
+        "do not fit",
+    ),
     "config smaller": (lambda: configured(num_flow_blocks=2), "do not fit"),
     "config circle": (lambda: configured(batch_size=circle()), "batch_size"),
     "config laughs": (lambda: configured(crop_scales=laughs()), "crop_scales"),
@@ -186,18 +236,36 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # its content and a word of
     "weights none": (lambda: changed(model=None), "do not fit"),
     "weights list": (lambda: changed(model=[torch.ones(3)]), "do not fit"),
     "weights empty": (lambda: changed(model={}), "do not fit"),
-    "weights one more": (lambda: changed(model=good_content()["model"] | {"more": torch.zeros(())}), "do not fit"),
+    "weights one more": (
+        lambda: changed(model=good_content()["model"] | {"more": torch.zeros(())}),
+        "do not fit",
+    ),
     "weights numbers": (lambda: weighted(lambda name, value: 1.0), "do not fit"),
-    "weights transposed": (lambda: weighted(lambda name, value: value.mT if value.dim() > 1 else value[None]), "do not fit"),
+    "weights transposed": (
+        lambda: weighted(lambda name, value: value.mT if value.dim() > 1 else value[None]),
+        "do not fit",
+    ),
     "weights int": (lambda: weighted(lambda name, value: value.to(torch.int8)), "do not fit"),
     "weights bool": (lambda: weighted(lambda name, value: value > 0), "do not fit"),
     "weights complex": (lambda: weighted(lambda name, value: value.to(torch.complex64)), "not"),
-    "weights spread": (lambda: weighted(lambda name, value: torch.zeros(1).expand(10**6, 16, 16, 3)), "do not fit"),
+    "weights spread": (
+        lambda: weighted(lambda name, value: torch.zeros(1).expand(10**6, 16, 16, 3)),
+        "do not fit",
+    ),
     "weights NaN": (lambda: weighted(lambda name, value: value * float("nan")), "not finite"),
-    "weights one infinity": (lambda: weighted(lambda n, v: v + float("inf") if n == "log_sigma" else v), "not finite"),
-    "weights beyond fp32": (lambda: weighted(lambda name, value: value.double() * 1e300), "not finite"),
+    "weights one infinity": (
+        lambda: weighted(lambda n, v: v + float("inf") if n == "log_sigma" else v),
+        "not finite",
+    ),
+    "weights beyond fp32": (
+        lambda: weighted(lambda name, value: value.double() * 1e300),
+        "not finite",
+    ),
     "weights enormous": (lambda: weighted(lambda name, value: value * 1e30), "finite"),
-    "weights singular": (lambda: weighted(lambda n, v: v * 0 - 200 if "log_diagonal" in n else v), "inverted"),
+    "weights singular": (
+        lambda: weighted(lambda n, v: v * 0 - 200 if "log_diagonal" in n else v),
+        "inverted",
+    ),
 }
 
 
@@ -208,7 +276,8 @@ class Outcome(NamedTuple):
 
 
 def try_all(paths: list[Path]) -> list[Outcome]:
-    """Load each and enhance a few pixels; anything but a UserError ends it. To be run in a process of its own."""
+    """Load each and enhance a few pixels; anything but a UserError ends it. To be run in a process
+    of its own."""
     torch.set_num_threads(1)
     pixels, outcomes = np.full((16, 16, 3), 40, np.uint8), []
     for path in paths:
@@ -216,7 +285,9 @@ def try_all(paths: list[Path]) -> list[Outcome]:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, started, refusal = resident("VmRSS"), time.process_time(), ""
         try:
-            model, config, runtime, _ = ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
+            model, config, runtime, _ = ms.load_model(
+                str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config
+            )
             ms.enhance_pixels(model, pixels, config, runtime)
         except ms.UserError as error:
             refusal = str(error)
@@ -228,9 +299,14 @@ def try_all(paths: list[Path]) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Of every bad file and of three good ones, which come first and bring in what a process loads but once."""
+    """Of every bad file and of three good ones, which come first and bring in what a process loads
+    but once."""
     folder = tmp_path_factory.mktemp("weights")
-    good = {"good": changed(), "good double": weighted(lambda n, v: v.double()), "good half": weighted(lambda n, v: v.half())}
+    good = {
+        "good": changed(),
+        "good double": weighted(lambda n, v: v.double()),
+        "good half": weighted(lambda n, v: v.half()),
+    }
     for name, data in [*good.items(), *((name, make()) for name, (make, _) in BAD.items())]:
         (folder / f"{name}.pth").write_bytes(data)
     names = [*good, *BAD, "missing"]
@@ -276,9 +352,16 @@ def test_the_traps_are_real(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "thumbnails",
-    [[1], torch.zeros(2, 16, 16, 3), torch.zeros(16, dtype=torch.uint8), torch.zeros(1).byte().expand(10**9, 16, 16, 3)],
+    [
+        [1],
+        torch.zeros(2, 16, 16, 3),
+        torch.zeros(16, dtype=torch.uint8),
+        torch.zeros(1).byte().expand(10**9, 16, 16, 3),
+    ],
 )
-def test_odd_training_thumbnails_flag_no_pair(thumbnails: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_training_thumbnails_flag_no_pair(
+    thumbnails: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Store:
         thumbnails = np.zeros((2, 16, 16, 3), np.uint8)
 
@@ -290,7 +373,7 @@ def test_odd_training_thumbnails_flag_no_pair(thumbnails: Any, capsys: pytest.Ca
     assert ms.training_twins(Store(), good_content()) == [True, True]
 
 
-# training states ------------------------------------------------------------------------------------------------------
+# training states ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +403,10 @@ SPOILED: dict[str, Callable[[Content], Any]] = {
     "no run": lambda content: content.pop("run_id"),
     "optimizer": lambda content: content["training"].update(optimizer=[1]),
     "moments": lambda content: spoil_moments(content["training"]),
-    "NaN moments": lambda content: next(iter(content["training"]["optimizer"]["state"].values()))["exp_avg"].fill_(
-        float("nan")
+    "NaN moments": (
+        lambda content: next(iter(content["training"]["optimizer"]["state"].values()))[
+            "exp_avg"
+        ].fill_(float("nan"))
     ),
     "step": lambda content: content["training"].update(step=-1),
     "steps": lambda content: content["training"].update(step=torch.ones(3)),
@@ -345,16 +430,29 @@ def test_a_damaged_training_state_is_refused_before_anything_is_written(
     settings = tiny_config(trained, num_epochs=2) | outputs
     capsys.readouterr()
     status = main_with("train", settings, "--resume", path)
-    assert_one_line_error(status, capsys.readouterr().err.splitlines()[-1], "damaged.pth", "training state")
+    assert_one_line_error(
+        status, capsys.readouterr().err.splitlines()[-1], "damaged.pth", "training state"
+    )
     assert files_under(tmp_path) == {"in", "in/damaged.pth", "settings.json"}
 
 
 def test_a_checkpoint_does_not_say_what_its_use_may_cost(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained / "ckpt" / "best_model.pth", weights_only=True)
-    dear = dict(samples=64, uncertainty=True, tile_size=65536, memory_megabytes=10**6, cache_megabytes=10**6, overwrite=True)
-    content["config"] |= dear | dict(num_workers=64, exposure=6.0, quality=1, reference="/dev/zero", results_dir="elsewhere")
+    dear = dict(
+        samples=64,
+        uncertainty=True,
+        tile_size=65536,
+        memory_megabytes=10**6,
+        cache_megabytes=10**6,
+        overwrite=True,
+    )
+    content["config"] |= dear | dict(
+        num_workers=64, exposure=6.0, quality=1, reference="/dev/zero", results_dir="elsewhere"
+    )
     torch.save(content, tmp_path / "dear.pth")
-    config = ms.load_model(str(tmp_path / "dear.pth"), {"device": "cpu", "quality": 7}, ms.ConditionalFlow, ms.Config)[1]
+    config = ms.load_model(
+        str(tmp_path / "dear.pth"), {"device": "cpu", "quality": 7}, ms.ConditionalFlow, ms.Config
+    )[1]
     assert {name: getattr(config, name) for name in ms.USE_KEYS} == {
         **{name: getattr(ms.Config(), name) for name in ms.USE_KEYS},
         **{"device": "cpu", "quality": 7},
@@ -366,13 +464,30 @@ def test_a_state_far_ahead_with_no_checkpoints_ends_at_once(trained: Path, tmp_p
     content["training"].update(step=10**12, kept=[])
     torch.save(content, tmp_path / "ahead.pth")
     outputs = {f"{name}_dir": str(tmp_path / name) for name in ("checkpoint", "log", "results")}
-    assert main_with("train", tiny_config(trained, num_epochs=2) | outputs, "--resume", tmp_path / "ahead.pth") == 0
+    assert (
+        main_with(
+            "train",
+            tiny_config(trained, num_epochs=2) | outputs,
+            "--resume",
+            tmp_path / "ahead.pth",
+        )
+        == 0
+    )
 
 
 def test_the_optimizer_keeps_its_own_settings(trained: Path, tmp_path: Path) -> None:
     """They follow from the config; a checkpoint that says otherwise, or nonsense, is not asked."""
     content = torch.load(trained / "ckpt" / "checkpoint_epoch_1.pth", weights_only=True)
-    content["training"]["optimizer"]["param_groups"][0] |= {"betas": "nonsense", "weight_decay": None, "maximize": True}
+    content["training"]["optimizer"]["param_groups"][0] |= {
+        "betas": "nonsense",
+        "weight_decay": None,
+        "maximize": True,
+    }
     torch.save(content, tmp_path / "odd.pth")
     outputs = {f"{name}_dir": str(tmp_path / name) for name in ("checkpoint", "log", "results")}
-    assert main_with("train", tiny_config(trained, num_epochs=2) | outputs, "--resume", tmp_path / "odd.pth") == 0
+    assert (
+        main_with(
+            "train", tiny_config(trained, num_epochs=2) | outputs, "--resume", tmp_path / "odd.pth"
+        )
+        == 0
+    )

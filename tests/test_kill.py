@@ -1,5 +1,6 @@
-"""A run that is killed at any moment loses no finished epoch and ends with the weights of a run that nobody disturbed; a
-full disk costs no checkpoint, and a folder that cannot be written to is told before the first step."""
+"""A run that is killed at any moment loses no finished epoch and ends with the weights of a run
+that nobody disturbed; a full disk costs no checkpoint, and a folder that cannot be written to is
+told before the first step."""
 
 from __future__ import annotations
 
@@ -63,24 +64,41 @@ def final_state(folder: Path, epochs: int) -> dict[str, object]:
     last = torch.load(folder / "ckpt" / f"checkpoint_epoch_{epochs}.pth", weights_only=True)
     best = torch.load(folder / "ckpt" / "best_model.pth", weights_only=True)
     training = {key: value for key, value in last["training"].items() if key != "minutes"}
-    return {"training": training, "averaged": last["model"], "best": best["model"], "best epoch": best["epoch"]}
+    return {
+        "training": training,
+        "averaged": last["model"],
+        "best": best["model"],
+        "best epoch": best["epoch"],
+    }
 
 
 def kill_and_compare(folder: Path, kills: int, epochs: int) -> Counter[str]:
-    """Kill a run, check that it lost nothing, and count what it was about when it died; `torn` are half-written files."""
+    """Kill a run, check that it lost nothing, and count what it was about when it died; `torn` are
+    half-written files."""
     rehearse(folder / "calm", 0, epochs)
     lives = rehearse(folder / "killed", kills, epochs)
     assert len(lives) == kills
-    # the child's own word against the folder's: what it said to be saved is there, and the next one goes on from there
-    for life, saved in zip(lives, itertools.accumulate((life["finished"] for life in lives), max), strict=True):
+    # the child's own word against the folder's: what it said to be saved is there, and the next one
+    # goes on from there
+    for life, saved in zip(
+        lives, itertools.accumulate((life["finished"] for life in lives), max), strict=True
+    ):
         assert life["found"] >= saved and life["found"] % STEPS == 0
     for earlier, later in itertools.pairwise([{"found": 0}, *lives]):
         assert later["began"] in (None, earlier["found"])
-    assert not differing(final_state(folder / "calm", epochs), final_state(folder / "killed", epochs))
-    kept = {f"checkpoint_epoch_{epoch}.pth" for epoch in range(epochs - 2, epochs + 1)} | {"best_model.pth"}
-    # what a run that died before its first checkpoint had found best was set aside by the run that began anew
-    names = {path.name for path in (folder / "killed" / "ckpt").iterdir() if path.stem.count("_") <= 2}
-    assert {name for name in names if not name.startswith(".")} == kept  # none that a kill kept from being removed
+    assert not differing(
+        final_state(folder / "calm", epochs), final_state(folder / "killed", epochs)
+    )
+    kept = {f"checkpoint_epoch_{epoch}.pth" for epoch in range(epochs - 2, epochs + 1)} | {
+        "best_model.pth"
+    }
+    # what a run that died before its first checkpoint had found best was set aside by the run that
+    # began anew
+    names = {
+        path.name for path in (folder / "killed" / "ckpt").iterdir() if path.stem.count("_") <= 2
+    }
+    # none that a kill kept from being removed
+    assert {name for name in names if not name.startswith(".")} == kept
     return Counter(word for life in lives for word in [*life["within"], *["torn"] * life["torn"]])
 
 
@@ -92,10 +110,12 @@ def test_six_kills_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     hits = kill_and_compare(tmp_path, kills=50, epochs=400)
-    assert all(hits[kind] >= 3 for kind in ("step", "validation", "checkpoint", "best", "torn")), hits
+    assert all(hits[kind] >= 3 for kind in ("step", "validation", "checkpoint", "best", "torn")), (
+        hits
+    )
 
 
-# a disk that is full -------------------------------------------------------------------------------------------------
+# a disk that is full ------------------------------------------------------------------------------
 
 LIMITED = """
 import resource, runpy, signal, sys
@@ -107,7 +127,8 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def run_limited(limit: int, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The script under a limit on the size of any file it writes: the kernel refuses the write in its middle."""
+    """The script under a limit on the size of any file it writes: the kernel refuses the write in
+    its middle."""
     code = LIMITED.format(limit=limit, script=str(SCRIPT))
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -140,10 +161,12 @@ def test_a_write_that_the_disk_refuses_leaves_the_last_good_checkpoint(tmp_path:
     assert run_script(*resume, cwd=tmp_path).returncode == 0  # with room again it goes on
 
 
-@pytest.mark.parametrize("limit", [64, 1500])  # the curves' file has no room for its first record, or for its third epoch's
+# the curves' file has no room for its first record, or for its third epoch's
+@pytest.mark.parametrize("limit", [64, 1500])
 def test_curves_that_the_disk_refuses_are_one_line(limit: int, tmp_path: Path) -> None:
     make_data(tmp_path, train=STEPS)
-    config = write_config(tmp_path, num_epochs=10, val_freq=10, save_freq=10)  # nothing else is written in nine epochs
+    # nothing else is written in nine epochs
+    config = write_config(tmp_path, num_epochs=10, val_freq=10, save_freq=10)
     done = run_limited(limit, "--mode", "train", "--config", config, cwd=tmp_path)
     assert_one_error_beside_the_bars(done, str(tmp_path / "logs"), "free space")
     assert not list((tmp_path / "ckpt").glob("*.pth"))
@@ -154,21 +177,34 @@ def test_an_enhancement_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> 
     config = write_config(tmp_path, num_epochs=1)
     assert run_script("--mode", "train", "--config", config, cwd=tmp_path).returncode == 0
     before = files_under(tmp_path)
-    weights, low = tmp_path / "ckpt" / "best_model.pth", tmp_path / "data" / "eval" / "low" / "0.png"
+    weights, low = (
+        tmp_path / "ckpt" / "best_model.pth",
+        tmp_path / "data" / "eval" / "low" / "0.png",
+    )
     done = run_limited(
-        300, "--mode", "enhance", "--checkpoint", weights, "--input", low, "--output", tmp_path / "o.png", cwd=tmp_path
+        300,
+        "--mode",
+        "enhance",
+        "--checkpoint",
+        weights,
+        "--input",
+        low,
+        "--output",
+        tmp_path / "o.png",
+        cwd=tmp_path,
     )
     assert_one_line_error(done.returncode, done.stderr, "o.png", "free space")
     assert files_under(tmp_path) == before
 
 
-# folders that cannot be written to -----------------------------------------------------------------------------------
+# folders that cannot be written to ----------------------------------------------------------------
 
 LIBC = ctypes.CDLL(None)
 
 
 def lay_down_roots_rights() -> None:
-    """From the next exec on root is bound by a folder's permissions, as any owner is; says nothing where it cannot be."""
+    """From the next exec on root is bound by a folder's permissions, as any owner is; says nothing
+    where it cannot be."""
     if hasattr(LIBC, "prctl"):
         LIBC.prctl(PR_SET_SECUREBITS, ctypes.c_ulong(SECBIT_NOROOT), *[ctypes.c_ulong(0)] * 3)
 
@@ -176,7 +212,13 @@ def lay_down_roots_rights() -> None:
 def run_bound(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A process that may write where permissions let it, whoever runs the tests."""
     return subprocess.run(
-        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, preexec_fn=lay_down_roots_rights
+        arguments,
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lay_down_roots_rights,
     )
 
 
@@ -185,7 +227,12 @@ def test_a_read_only_folder_is_one_line_before_the_first_step(name: str, tmp_pat
     make_data(tmp_path, train=STEPS)
     config = write_config(tmp_path, num_epochs=1)
     (tmp_path / name).mkdir(mode=0o500)
-    if run_bound(sys.executable, "-c", f"open({str(tmp_path / name / 'probe')!r}, 'w')", cwd=tmp_path).returncode == 0:
+    if (
+        run_bound(
+            sys.executable, "-c", f"open({str(tmp_path / name / 'probe')!r}, 'w')", cwd=tmp_path
+        ).returncode
+        == 0
+    ):
         pytest.skip("root may write anywhere, and cannot lay down its rights here")
     done = run_bound(*command("--mode", "train", "--config", config), cwd=tmp_path)
     assert_one_error_beside_the_bars(done, str(tmp_path / name))

@@ -48,19 +48,23 @@ def test_histograms_sum_to_one_along_the_last_axis(kernel: str) -> None:
 
 
 def test_triangle_histogram_by_hand() -> None:
-    """Five bins at 0, 1/4, ... 1: 0.3 gives 4/5 to the bin at 0.25 and 1/5 to the next; 0 and 1 hit their bins whole."""
+    """Five bins at 0, 1/4, ... 1: 0.3 gives 4/5 to the bin at 0.25 and 1/5 to the next; 0 and 1 hit
+    their bins whole."""
     histogram = ms.soft_histogram(torch.tensor([0.3, 0.0, 1.0, 0.5], dtype=torch.float64), 5)
     np.testing.assert_allclose(histogram.numpy(), np.array([1, 0.8, 1.2, 0, 1]) / 4, atol=1e-12)
 
 
 def test_triangle_histogram_is_the_adjoint_of_linear_interpolation() -> None:
-    """For any function on the bin centres, its mean under the histogram is the mean of np.interp at the values."""
+    """For any function on the bin centres, its mean under the histogram is the mean of np.interp at
+    the values."""
     values = picture(200)
     centres = np.linspace(0, 1, 17)
     for seed in range(3):
         function = np.random.default_rng(seed).normal(size=17)
         expected = np.interp(values.numpy(), centres, function).mean()
-        assert float(ms.soft_histogram(values, 17).numpy() @ function) == pytest.approx(expected, abs=1e-12)
+        assert float(ms.soft_histogram(values, 17).numpy() @ function) == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.05, 3.16])
@@ -77,7 +81,9 @@ def test_histogram_wasserstein_is_that_of_scipy(bins: int) -> None:
     centres = np.linspace(0, 1, bins)
     p, q = (picture(4, bins, seed=s) ** 3 for s in (1, 2))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    expected = [scipy.stats.wasserstein_distance(centres, centres, a, b) for a, b in zip(p, q, strict=True)]
+    expected = [
+        scipy.stats.wasserstein_distance(centres, centres, a, b) for a, b in zip(p, q, strict=True)
+    ]
     assert ms.histogram_wasserstein(p, q).tolist() == pytest.approx(expected, abs=1e-12)
 
 
@@ -92,25 +98,36 @@ def test_triangle_distance_is_the_samples_distance_to_a_bin(bins: int) -> None:
     for seed in range(4):
         rng = np.random.default_rng(seed)
         a, b = rng.beta(2, 5, 300), rng.beta(*rng.uniform(1, 5, 2), 300)
-        ours = ms.histogram_wasserstein(*(ms.soft_histogram(torch.from_numpy(v), bins) for v in (a, b)))
+        ours = ms.histogram_wasserstein(
+            *(ms.soft_histogram(torch.from_numpy(v), bins) for v in (a, b))
+        )
         assert abs(float(ours) - scipy.stats.wasserstein_distance(a, b)) < 1 / (bins - 1)
 
 
 def test_colour_loss_is_the_mean_over_pictures_and_channels() -> None:
-    """Small pictures are not averaged before, so the sample distances of the raw values are the referee."""
+    """Small pictures are not averaged before, so the sample distances of the raw values are the
+    referee."""
     a, b = picture(2, 3, 20, 16, seed=1), picture(2, 3, 20, 16, seed=2) ** 2
     a[0] *= 0.3
     expected = np.mean(
-        [scipy.stats.wasserstein_distance(a[i, c].flatten(), b[i, c].flatten()) for i in range(2) for c in range(3)]
+        [
+            scipy.stats.wasserstein_distance(a[i, c].flatten(), b[i, c].flatten())
+            for i in range(2)
+            for c in range(3)
+        ]
     )
-    assert float(ms.colour_loss(a, b, ms.Config(histogram_bins=256))) == pytest.approx(expected, abs=1 / 255)
+    assert float(ms.colour_loss(a, b, ms.Config(histogram_bins=256))) == pytest.approx(
+        expected, abs=1 / 255
+    )
 
 
 def test_colour_loss_of_large_pictures_uses_averages() -> None:
     """Fine noise around grey is grey at histogram_size; without averaging it is not."""
     noisy, grey = picture(1, 3, 320, 320), torch.full((1, 3, 320, 320), 0.5, dtype=torch.float64)
     assert float(ms.colour_loss(noisy, grey, ms.Config(histogram_size=40))) < 0.05
-    assert float(ms.colour_loss(noisy, grey, ms.Config(histogram_size=320))) == pytest.approx(0.25, abs=0.01)
+    assert float(ms.colour_loss(noisy, grey, ms.Config(histogram_size=320))) == pytest.approx(
+        0.25, abs=0.01
+    )
 
 
 def test_colour_loss_sees_each_channel_apart() -> None:
@@ -120,7 +137,9 @@ def test_colour_loss_sees_each_channel_apart() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "sigma"), [("triangle", 1.0), ("inverse_quadratic", 0.02)])
-def test_colour_loss_is_zero_with_zero_gradient_for_equal_pictures(kernel: str, sigma: float) -> None:
+def test_colour_loss_is_zero_with_zero_gradient_for_equal_pictures(
+    kernel: str, sigma: float
+) -> None:
     config = ms.Config(histogram_kernel=kernel, histogram_sigma=sigma)
     a = scene(1).requires_grad_()
     loss = ms.colour_loss(a, scene(1), config)
@@ -152,20 +171,27 @@ def test_the_published_wide_kernel_is_nearly_blind() -> None:
     """A sigma of 3.16 on values in [0, 1] spreads every pixel over all bins; hence the triangle."""
     a, b = 0.1 * scene(1), scene(2)
     sharp = float(ms.colour_loss(a, b, ms.Config()))
-    wide = float(ms.colour_loss(a, b, ms.Config(histogram_kernel="inverse_quadratic", histogram_sigma=3.16)))
+    wide = float(
+        ms.colour_loss(a, b, ms.Config(histogram_kernel="inverse_quadratic", histogram_sigma=3.16))
+    )
     assert sharp > 0.3
     assert 0 < wide < 0.05 * sharp
 
 
 def make_batch(height: int, width: int) -> ms.Sample:
-    low, high = picture(2, 3, height, width, seed=1).float() * 0.2, picture(2, 3, height, width, seed=2).float()
+    low, high = (
+        picture(2, 3, height, width, seed=1).float() * 0.2,
+        picture(2, 3, height, width, seed=2).float(),
+    )
     box = torch.tensor([ms.WHOLE_BOX, (0.1, 0.2, 0.6, 0.7)])
     return ms.Sample(low, high, ms.resize(low, (32, 32)), box)
 
 
 def make_model(**settings: object) -> ms.ConditionalFlow:
     torch.manual_seed(0)
-    return randomise(ms.ConditionalFlow(ms.Config(flow_channels=16, thumbnail_size=32, **settings)), 0.05).eval()
+    return randomise(
+        ms.ConditionalFlow(ms.Config(flow_channels=16, thumbnail_size=32, **settings)), 0.05
+    ).eval()
 
 
 @pytest.mark.parametrize("size", [(24, 24), (19, 26)])
@@ -176,16 +202,27 @@ def test_model_losses_are_the_weighted_terms(size: tuple[int, int]) -> None:
     with torch.no_grad():
         terms = model.losses(batch)
         survey = model.survey(batch.thumbnail)
-        condition = model.condition(ms.pad_to_multiple(batch.low), survey, ms.padded_box(batch.box, *size))
-        enhanced = model.decode(condition.prior_mean, condition)[..., : size[0], : size[1]].double().numpy()
+        condition = model.condition(
+            ms.pad_to_multiple(batch.low), survey, ms.padded_box(batch.box, *size)
+        )
+        enhanced = (
+            model.decode(condition.prior_mean, condition)[..., : size[0], : size[1]]
+            .double()
+            .numpy()
+        )
         torch.manual_seed(1)
         bits, _ = model._bits(batch.high, condition)
     high = batch.high.double().numpy()
     ssims = [
-        skimage.metrics.structural_similarity(a, b, channel_axis=0, data_range=1) for a, b in zip(enhanced, high, strict=True)
+        skimage.metrics.structural_similarity(a, b, channel_axis=0, data_range=1)
+        for a, b in zip(enhanced, high, strict=True)
     ]
-    channels = [(a, b) for x, y in zip(enhanced, high, strict=True) for a, b in zip(x, y, strict=True)]
-    distance = np.mean([scipy.stats.wasserstein_distance(a.ravel(), b.ravel()) for a, b in channels])
+    channels = [
+        (a, b) for x, y in zip(enhanced, high, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    distance = np.mean(
+        [scipy.stats.wasserstein_distance(a.ravel(), b.ravel()) for a, b in channels]
+    )
     assert set(terms) == {"nll", "l1", "ssim", "colour"}
     assert float(terms["nll"]) == pytest.approx(0.25 * float(bits.mean()), rel=1e-6)
     assert float(terms["l1"]) == pytest.approx(3 * np.abs(enhanced - high).mean(), rel=1e-5)
@@ -202,5 +239,9 @@ def test_terms_of_weight_zero_are_left_out(name: str) -> None:
 def test_the_loss_reaches_every_weight() -> None:
     model = make_model()
     sum(model.losses(make_batch(24, 24)).values()).backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    dead = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
     assert dead == []

@@ -23,8 +23,12 @@ def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_psnr_by_its_formula() -> None:
     enhanced, high = pair()
-    assert ms.psnr_of(enhanced, high) == pytest.approx(-10 * math.log10(((enhanced - high) ** 2).mean()), abs=1e-9)
-    assert ms.psnr_of(enhanced, high) == pytest.approx(skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1))
+    assert ms.psnr_of(enhanced, high) == pytest.approx(
+        -10 * math.log10(((enhanced - high) ** 2).mean()), abs=1e-9
+    )
+    assert ms.psnr_of(enhanced, high) == pytest.approx(
+        skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1)
+    )
 
 
 def test_psnr_of_equal_pictures_is_finite() -> None:
@@ -37,8 +41,13 @@ def test_psnr_of_a_uniform_error_by_hand() -> None:
 
 def test_ssim_is_that_of_scikit_image() -> None:
     enhanced, high = pair()
-    assert ms.ssim_of(enhanced, high) == skimage.metrics.structural_similarity(high, enhanced, data_range=1.0, channel_axis=2)
-    per_channel = [skimage.metrics.structural_similarity(high[..., c], enhanced[..., c], data_range=1.0) for c in range(3)]
+    assert ms.ssim_of(enhanced, high) == skimage.metrics.structural_similarity(
+        high, enhanced, data_range=1.0, channel_axis=2
+    )
+    per_channel = [
+        skimage.metrics.structural_similarity(high[..., c], enhanced[..., c], data_range=1.0)
+        for c in range(3)
+    ]
     assert ms.ssim_of(enhanced, high) == pytest.approx(np.mean(per_channel))
     assert ms.ssim_of(enhanced[..., 0], high[..., 0]) == pytest.approx(per_channel[0])
 
@@ -46,7 +55,9 @@ def test_ssim_is_that_of_scikit_image() -> None:
 @pytest.mark.parametrize("score", [ms.psnr_of, ms.ssim_of])
 @pytest.mark.parametrize("value", [1.001, -0.001])
 @pytest.mark.parametrize("place", [0, 1])
-def test_scores_refuse_values_out_of_range(score: Callable[..., float], value: float, place: int) -> None:
+def test_scores_refuse_values_out_of_range(
+    score: Callable[..., float], value: float, place: int
+) -> None:
     images = [image.copy() for image in pair()]
     score(*images)
     images[place][3, 4, 1] = value
@@ -60,7 +71,9 @@ def test_ciede2000() -> None:
     grey = [np.full((4, 4, 3), value) for value in (0.2, 0.8)]
     light = [skimage.color.rgb2lab(image)[0, 0, 0] for image in grey]
     middle = sum(light) / 2  # for greys CIEDE2000 is the lightness difference over S_L
-    expected = (light[1] - light[0]) / (1 + 0.015 * (middle - 50) ** 2 / math.sqrt(20 + (middle - 50) ** 2))
+    expected = (light[1] - light[0]) / (
+        1 + 0.015 * (middle - 50) ** 2 / math.sqrt(20 + (middle - 50) ** 2)
+    )
     assert ms.ciede2000_of(*grey) == pytest.approx(expected, abs=0.01)
     assert ms.ciede2000_of(enhanced, high) > 5
 
@@ -77,12 +90,19 @@ def test_colourfulness_by_hasler_and_suesstrunk() -> None:
     spread = math.sqrt(rg.var() + yb.var())
     expected = spread + 0.3 * math.sqrt(rg.mean() ** 2 + yb.mean() ** 2)
     assert ms.colourfulness(image) == pytest.approx(expected, rel=1e-12)
-    assert ms.colourfulness(np.broadcast_to([1.0, 0.0, 0.0], (5, 5, 3))) == pytest.approx(0.3 * math.hypot(1, 0.5))
+    assert ms.colourfulness(np.broadcast_to([1.0, 0.0, 0.0], (5, 5, 3))) == pytest.approx(
+        0.3 * math.hypot(1, 0.5)
+    )
 
 
 def test_wasserstein_is_that_of_scipy_per_channel() -> None:
     enhanced, high = pair()
-    expected = np.mean([scipy.stats.wasserstein_distance(enhanced[..., c].ravel(), high[..., c].ravel()) for c in range(3)])
+    expected = np.mean(
+        [
+            scipy.stats.wasserstein_distance(enhanced[..., c].ravel(), high[..., c].ravel())
+            for c in range(3)
+        ]
+    )
     assert ms.wasserstein_of(enhanced, high) == pytest.approx(expected, abs=1e-12)
     assert ms.wasserstein_of(high[::-1], high) == 0  # a matter of values, not of places
 
@@ -107,12 +127,16 @@ def test_image_metrics_are_the_direct_computations() -> None:
     assert scores == pytest.approx(
         {
             "psnr": skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1),
-            "ssim": skimage.metrics.structural_similarity(high, enhanced, data_range=1, channel_axis=2),
+            "ssim": skimage.metrics.structural_similarity(
+                high, enhanced, data_range=1, channel_axis=2
+            ),
             "ciede2000": skimage.color.deltaE_ciede2000(*lab).mean(),
             "colourfulness_ratio": ms.colourfulness(enhanced) / ms.colourfulness(high),
             "wasserstein": ms.wasserstein_of(enhanced, high),
             "psnr_gt_mean": skimage.metrics.peak_signal_noise_ratio(high, matched, data_range=1),
-            "ssim_grey_gt_mean": skimage.metrics.structural_similarity(grey[1], grey[0], data_range=1),
+            "ssim_grey_gt_mean": skimage.metrics.structural_similarity(
+                grey[1], grey[0], data_range=1
+            ),
         }
     )
 
@@ -128,7 +152,10 @@ def test_image_metrics_of_flat_pictures_are_finite(value: float) -> None:
 
 
 def rows(name: str, values: list[float]) -> list[dict[str, object]]:
-    return [{"filename": f"{i}.png", name: value, "twin_in_training": False} for i, value in enumerate(values)]
+    return [
+        {"filename": f"{i}.png", name: value, "twin_in_training": False}
+        for i, value in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -171,14 +198,20 @@ def test_every_metric_has_the_right_direction() -> None:
     enhanced, high = pair()
     bad = np.clip(0.1 * enhanced, 0, 1)[::-1]
     scores = [ms.image_metrics(image, high) for image in (enhanced, bad)]
-    summary = ms.summarise([{"filename": name, **score} for name, score in zip("ab", scores, strict=True)])
-    assert {name: entry["worst_file"] for name, entry in summary.items()} == dict.fromkeys(summary, "b")
+    summary = ms.summarise(
+        [{"filename": name, **score} for name, score in zip("ab", scores, strict=True)]
+    )
+    assert {name: entry["worst_file"] for name, entry in summary.items()} == dict.fromkeys(
+        summary, "b"
+    )
 
 
 def test_find_twins_flags_equal_and_nearly_equal_only() -> None:
     known = np.stack([smooth_scene(seed, 16, 16) for seed in range(4)])
     other = smooth_scene(9, 16, 16)
-    nearly = np.clip(known[2].astype(int) + np.random.default_rng(0).integers(-2, 3, known[2].shape), 0, 255).astype(np.uint8)
+    nearly = np.clip(
+        known[2].astype(int) + np.random.default_rng(0).integers(-2, 3, known[2].shape), 0, 255
+    ).astype(np.uint8)
     brighter = np.clip(known[1].astype(int) + 12, 0, 255).astype(np.uint8)
     tested = np.stack([known[3], other, nearly, brighter])
     assert ms.find_twins(tested, known).tolist() == [True, False, True, False]

@@ -1,4 +1,5 @@
-"""Pictures from anywhere: each is enhanced as its pixels say or refused in one line, within 2 s and 300 MB."""
+"""Pictures from anywhere: each is enhanced as its pixels say or refused in one line, within 2 s and
+300 MB."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ class Echo(nn.Module):
 
 
 class Outcome(NamedTuple):
-    """What became of a file: the refusal or nothing, seconds of processor, megabytes at the peak above those before, and
-    what libraries wrote to standard error past everybody."""
+    """What became of a file: the refusal or nothing, seconds of processor, megabytes at the peak
+    above those before, and what libraries wrote to standard error past everybody."""
 
     refusal: str
     seconds: float
@@ -53,7 +54,8 @@ def resident(key: str) -> float:
 
 
 def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
-    """Enhance every (source, target); anything but a UserError ends it. To be run in a process of its own."""
+    """Enhance every (source, target); anything but a UserError ends it. To be run in a process of
+    its own."""
     torch.set_num_threads(1)
     config, runtime = ms.Config(device="cpu"), ms.Runtime(torch.device("cpu"), torch.float32)
     chatter = os.open(log, os.O_CREAT | os.O_RDWR)
@@ -73,7 +75,11 @@ def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
             raise AssertionError(f"{source!r}: {type(error).__name__} {error}") from None
         seconds, megabytes = time.process_time() - started, resident("VmHWM") - before
         sys.stderr.flush()
-        outcomes.append(Outcome(refusal, seconds, megabytes, os.pread(chatter, 9999, 0).decode(errors="replace")))
+        outcomes.append(
+            Outcome(
+                refusal, seconds, megabytes, os.pread(chatter, 9999, 0).decode(errors="replace")
+            )
+        )
     return outcomes
 
 
@@ -86,7 +92,8 @@ class Trial(NamedTuple):
     outcomes: dict[str, Outcome]
 
     def difference(self, name: str) -> str:
-        """In words, how the written picture differs from what the file shows; nothing where it does not."""
+        """In words, how the written picture differs from what the file shows; nothing where it does
+        not."""
         odd, target = self.corpus[name], self.targets[name]
         with Image.open(target) as picture:
             found = tifffile.imread(target) if target.suffix == ".tif" else np.asarray(picture)
@@ -102,7 +109,10 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     corpus = make_corpus(folder / "in")
     (folder / "out").mkdir()
     deep = [odd.pixels is not None and odd.pixels.dtype == np.uint16 for odd in corpus.values()]
-    targets = {name: folder / "out" / f"{n}{'.tif' if deep[n] else '.png'}" for n, name in enumerate(corpus)}
+    targets = {
+        name: folder / "out" / f"{n}{'.tif' if deep[n] else '.png'}"
+        for n, name in enumerate(corpus)
+    }
     jobs = [(folder / "in" / name, target) for name, target in targets.items()]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         outcomes = pool.submit(try_all, jobs, folder / "log").result()
@@ -110,9 +120,13 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 
 
 def test_good_pictures_come_out_as_their_pixels_say(trial: Trial) -> None:
-    good = [name for name, odd in trial.corpus.items() if odd.pixels is not None and not odd.may_refuse]
+    good = [
+        name for name, odd in trial.corpus.items() if odd.pixels is not None and not odd.may_refuse
+    ]
     assert len(good) > 80
-    assert [f"{name!r}: {trial.outcomes[name].refusal}" for name in good if trial.outcomes[name].refusal] == []
+    assert [
+        f"{name!r}: {trial.outcomes[name].refusal}" for name in good if trial.outcomes[name].refusal
+    ] == []
     assert [words for name in good if (words := trial.difference(name))] == []
 
 
@@ -134,7 +148,9 @@ def test_half_a_picture_is_never_passed_off_as_a_whole_one(trial: Trial) -> None
 
 def test_no_file_takes_long_or_much_memory(trial: Trial) -> None:
     assert [(name, o.seconds) for name, o in trial.outcomes.items() if o.seconds > SECONDS] == []
-    assert [(name, o.megabytes) for name, o in trial.outcomes.items() if o.megabytes > MEGABYTES] == []
+    assert [
+        (name, o.megabytes) for name, o in trial.outcomes.items() if o.megabytes > MEGABYTES
+    ] == []
 
 
 def test_libraries_say_nothing_past_us(trial: Trial) -> None:
@@ -142,7 +158,9 @@ def test_libraries_say_nothing_past_us(trial: Trial) -> None:
 
 
 def test_a_refused_file_leaves_nothing_behind(trial: Trial) -> None:
-    expected = {trial.targets[name].name for name, outcome in trial.outcomes.items() if not outcome.refusal}
+    expected = {
+        trial.targets[name].name for name, outcome in trial.outcomes.items() if not outcome.refusal
+    }
     assert {path.name for path in trial.targets["plain.png"].parent.iterdir()} == expected
 
 
@@ -152,12 +170,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
     model = randomise(ms.ConditionalFlow(config), 0.04)
-    ms.save_checkpoint(path, {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r", "epoch": 1})
+    ms.save_checkpoint(
+        path,
+        {
+            "config": dataclasses.asdict(config),
+            "model": model.state_dict(),
+            "run_id": "r",
+            "epoch": 1,
+        },
+    )
     return path
 
 
 @pytest.fixture(scope="module")
-def album(trial: Trial, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, str]]:
+def album(
+    trial: Trial, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, str, str]]:
     """The whole corpus through the command line, as one folder: the results, stdout and stderr."""
     out = tmp_path_factory.mktemp("album")
     files = ("--checkpoint", checkpoint, "--input", trial.folder, "--output", out)
@@ -166,8 +194,11 @@ def album(trial: Trial, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     yield out, done.stdout, done.stderr
 
 
-def test_a_folder_of_odd_files_is_done_to_its_end(trial: Trial, album: tuple[Path, str, str]) -> None:
-    """The same files are refused as one by one, in a line each, and every other one has a picture of its size."""
+def test_a_folder_of_odd_files_is_done_to_its_end(
+    trial: Trial, album: tuple[Path, str, str]
+) -> None:
+    """The same files are refused as one by one, in a line each, and every other one has a picture
+    of its size."""
     out, printed, said = album
     listed = {name for name in trial.corpus if (trial.folder / name).is_file()}
     refused = {name for name in listed if trial.outcomes[name].refusal}
@@ -181,37 +212,68 @@ def test_a_folder_of_odd_files_is_done_to_its_end(trial: Trial, album: tuple[Pat
             assert picture.size == trial.corpus[name].pixels.shape[1::-1], name
 
 
-def test_the_table_names_every_file_whatever_its_name(trial: Trial, album: tuple[Path, str, str], checkpoint: Path) -> None:
+def test_the_table_names_every_file_whatever_its_name(
+    trial: Trial, album: tuple[Path, str, str], checkpoint: Path
+) -> None:
     """And it is read again: what is done is not done twice."""
     out = album[0]
-    with open(out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    with open(
+        out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as stream:
         rows = {Path(row["file"]).name: row for row in csv.DictReader(stream)}
     assert set(rows) == {name for name in trial.corpus if (trial.folder / name).is_file()}
     for name, row in rows.items():
         assert row["note"].startswith("failed: ") == bool(trial.outcomes[name].refusal), name
     done = [(trial.folder / name, out / name) for name in rows if not trial.outcomes[name].refusal]
     before = (out / "enhance.csv").read_bytes()
-    assert ms.enhance_folder(done, out, lambda source, target: pytest.fail(f"{source} again"), again=False) == 0
-    with open(out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    assert (
+        ms.enhance_folder(
+            done, out, lambda source, target: pytest.fail(f"{source} again"), again=False
+        )
+        == 0
+    )
+    with open(
+        out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as stream:
         assert {Path(row["file"]).name: row for row in csv.DictReader(stream)} == rows
     assert b"\xff\xfe" in before and b'two\nlines.png"' in before
 
 
 @pytest.mark.parametrize("name", ["loop a.png", "cut at 3203.16 deflate.tif", "hollow.png"])
-def test_one_odd_file_is_refused_by_the_process_in_one_line(trial: Trial, checkpoint: Path, tmp_path: Path, name: str) -> None:
-    files = ("--checkpoint", checkpoint, "--input", trial.folder / name, "--output", tmp_path / "out.png")
+def test_one_odd_file_is_refused_by_the_process_in_one_line(
+    trial: Trial, checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    files = (
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        trial.folder / name,
+        "--output",
+        tmp_path / "out.png",
+    )
     done = run_script("--mode", "enhance", *files, "--set", "device=cpu", cwd=tmp_path)
     assert_one_line_error(done.returncode, done.stderr, name)
     assert files_under(tmp_path) == set()
 
 
 def test_a_name_that_is_no_text_is_printed_and_kept(
-    trial: Trial, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trial: Trial,
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "bytes \udcff\udcfe.png"
     with open(os.dup(1), "w", encoding="utf-8", errors="strict") as strict:
         monkeypatch.setattr(sys, "stdout", strict)
-        files = ["--checkpoint", str(checkpoint), "--input", str(trial.folder / name), "--output", str(tmp_path / name)]
+        files = [
+            "--checkpoint",
+            str(checkpoint),
+            "--input",
+            str(trial.folder / name),
+            "--output",
+            str(tmp_path / name),
+        ]
         assert ms.main(["--mode", "enhance", *files, "--set", "device=cpu"]) == 0
     assert os.listdir(os.fsencode(tmp_path)) == [b"bytes \xff\xfe.png"]
     assert "bytes \\udcff\\udcfe.png: 48x40" in capfd.readouterr().out
@@ -227,12 +289,19 @@ def test_links_that_run_in_circles_are_not_followed(tmp_path: Path) -> None:
     for link in ("again", "and again", "deep/up"):
         (album / link).symlink_to(album)
     found = {
-        given: {str(source.relative_to(album)) for source, _ in ms.find_inputs(str(given), str(tmp_path / "out"))}
+        given: {
+            str(source.relative_to(album))
+            for source, _ in ms.find_inputs(str(given), str(tmp_path / "out"))
+        }
         for given in (album, album / "**" / "*.png", album / "**", album / "*" / "*.[jp]*g")
     }
     everything = {"a.png", "deep/b.png", "deep/c.jpg"}
     assert found == dict(
-        zip(found, [everything, {"a.png", "deep/b.png"}, everything, found[album / "*" / "*.[jp]*g"]], strict=True)
+        zip(
+            found,
+            [everything, {"a.png", "deep/b.png"}, everything, found[album / "*" / "*.[jp]*g"]],
+            strict=True,
+        )
     )
     assert {"deep/b.png", "deep/c.jpg"} <= found[album / "*" / "*.[jp]*g"]
     with pytest.raises(ms.UserError, match="no pattern"):
@@ -240,11 +309,20 @@ def test_links_that_run_in_circles_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "size"), [(".webp", (16, 16_400)), (".jpg", (65_600, 16))])
-def test_a_format_that_cannot_hold_the_picture_is_named(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
+def test_a_format_that_cannot_hold_the_picture_is_named(
+    tmp_path: Path, suffix: str, size: tuple[int, int]
+) -> None:
     Image.new("RGB", size[::-1]).save(tmp_path / "in.png")
     target = tmp_path / f"out{suffix}"
     with pytest.raises(ms.UserError, match=f"out{suffix}.*cannot hold.*another suffix"):
-        ms.enhance_file(tmp_path / "in.png", target, Echo(), ms.Config(), ms.Runtime(torch.device("cpu"), torch.float32), None)
+        ms.enhance_file(
+            tmp_path / "in.png",
+            target,
+            Echo(),
+            ms.Config(),
+            ms.Runtime(torch.device("cpu"), torch.float32),
+            None,
+        )
     assert files_under(tmp_path) == {"in.png"}
 
 
@@ -255,15 +333,21 @@ def test_exif_too_long_for_jpeg_does_not_cost_the_picture(tmp_path: Path) -> Non
     Image.new("RGB", (20, 16), (200, 100, 50)).save(tmp_path / "in.tif", exif=exif)
     runtime = ms.Runtime(torch.device("cpu"), torch.float32)
     for suffix in ("jpg", "png"):
-        ms.enhance_file(tmp_path / "in.tif", tmp_path / f"out.{suffix}", Echo(), ms.Config(), runtime, None)
+        ms.enhance_file(
+            tmp_path / "in.tif", tmp_path / f"out.{suffix}", Echo(), ms.Config(), runtime, None
+        )
         with Image.open(tmp_path / f"out.{suffix}") as picture:
             assert np.abs(np.asarray(picture).astype(int) - (200, 100, 50)).max() < 4
             assert (0x010F in picture.getexif()) == (suffix == "png")
 
 
-@pytest.mark.parametrize("table", [b"\xff\xfe\0f\0i\0", b"file,note,rating\r\nelsewhere.png,ok,5\r\n", b'file\r\na,b,c\r\n"'])
+@pytest.mark.parametrize(
+    "table",
+    [b"\xff\xfe\0f\0i\0", b"file,note,rating\r\nelsewhere.png,ok,5\r\n", b'file\r\na,b,c\r\n"'],
+)
 def test_a_foreign_table_does_not_stop_a_folder(tmp_path: Path, table: bytes) -> None:
-    """enhance.csv may have come back from a spreadsheet; what it says is kept where it can be read."""
+    """enhance.csv may have come back from a spreadsheet; what it says is kept where it can be
+    read."""
     (tmp_path / "enhance.csv").write_bytes(table)
     row = dict.fromkeys(ms.ENHANCE_COLUMNS, "1") | {"file": "new.png"}
     jobs = [(Path("new.png"), tmp_path / "new.png")]

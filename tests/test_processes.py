@@ -1,4 +1,5 @@
-"""Several processes under torchrun do what one does: the same losses, the same rows, the same pictures; killed ones restart."""
+"""Several processes under torchrun do what one does: the same losses, the same rows, the same
+pictures; killed ones restart."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ def torchrun(
     *arguments: str | Path, cwd: Path, script: Path = SCRIPT, restarts: int = 0, count: int = 2
 ) -> subprocess.CompletedProcess[str]:
     """The finished job of `count` processes on this machine."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+    ]
     return subprocess.run(
         [*launch, f"--max_restarts={restarts}", str(script), *map(str, arguments)],
         cwd=cwd,
@@ -49,9 +56,12 @@ def torchrun(
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and config.json: 20 epochs of one step of 5 pairs, so that every step's loss is logged."""
+    """A folder with data and config.json: 20 epochs of one step of 5 pairs, so that every step's
+    loss is logged."""
     folder = make_data(tmp_path_factory.mktemp("job"), train=5, val=3, evaluation=5)
-    write_config(folder, batch_size=5, num_epochs=STEPS, val_freq=STEPS, save_freq=5, keep_checkpoints=9)
+    write_config(
+        folder, batch_size=5, num_epochs=STEPS, val_freq=STEPS, save_freq=5, keep_checkpoints=9
+    )
     return folder
 
 
@@ -68,7 +78,9 @@ def curves(folder: Path) -> dict[str, list[float]]:
     """Every scalar that a run logged, by name; the clock's apart."""
     (run,) = (folder / "logs").glob("*")
     events = EventAccumulator(str(run)).Reload()
-    names = [name for name in events.Tags()["scalars"] if "second" not in name and "hparam" not in name]
+    names = [
+        name for name in events.Tags()["scalars"] if "second" not in name and "hparam" not in name
+    ]
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
@@ -100,14 +112,19 @@ def assert_same_curves(one: dict[str, list[float]], other: dict[str, list[float]
 
 def test_two_processes_repeat_the_losses_of_one(alone: Path, together: Path) -> None:
     assert_same_curves(curves(alone), curves(together))
-    one, two = (torch.load(f / "ckpt" / "best_model.pth", weights_only=True)["model"] for f in (alone, together))
+    one, two = (
+        torch.load(f / "ckpt" / "best_model.pth", weights_only=True)["model"]
+        for f in (alone, together)
+    )
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
 def test_accumulation_repeats_the_losses_of_one_go(job: Path, alone: Path) -> None:
     folder = job / "accumulated"
     extra = ["--set", "accumulate=3"]
-    done = run_script("--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job)
+    done = run_script(
+        "--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job
+    )
     assert done.returncode == 0, done.stderr
     assert_same_curves(curves(alone), curves(folder))
 
@@ -115,7 +132,9 @@ def test_accumulation_repeats_the_losses_of_one_go(job: Path, alone: Path) -> No
 def test_accumulation_in_two_processes_repeats_them_too(job: Path, alone: Path) -> None:
     folder = job / "accumulated_together"
     extra = ["--set", "accumulate=2"]  # of 3 and 2 pairs
-    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job)
+    done = torchrun(
+        "--mode", "train", "--config", job / "config.json", *outputs(folder), *extra, cwd=job
+    )
     assert done.returncode == 0, done.stderr
     assert_same_curves(curves(alone), curves(folder))
 
@@ -139,12 +158,23 @@ sys.exit(ms.main(None, Killed))
 def test_a_killed_process_is_restarted_and_the_run_ends_the_same(job: Path, together: Path) -> None:
     folder, script = job / "killed", job / "killed.py"
     script.write_text(KILLED)
-    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), cwd=job, script=script, restarts=1)
+    done = torchrun(
+        "--mode",
+        "train",
+        "--config",
+        job / "config.json",
+        *outputs(folder),
+        cwd=job,
+        script=script,
+        restarts=1,
+    )
     assert done.returncode == 0, done.stderr
     assert "steps 10 to 20" in done.stdout  # step 13 was lost, the checkpoint of step 10 was not
     last = f"ckpt/checkpoint_epoch_{STEPS}.pth"
     one, two = (torch.load(f / last, weights_only=True) for f in (together, folder))
-    assert not differing(one["model"], two["model"]) and not differing(one["training"]["model"], two["training"]["model"])
+    assert not differing(one["model"], two["model"]) and not differing(
+        one["training"]["model"], two["training"]["model"]
+    )
 
 
 THREADS = """
@@ -153,22 +183,37 @@ from pathlib import Path
 import model_script as ms
 
 status = ms.main()
-left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text().strip())]
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+left = [name for name in names if "gloo" in name]
 sys.exit(f"{left} outlived their group" if left else status)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="reads the names of threads from Linux's /proc"
+)
 def test_no_thread_of_the_group_outlives_it(job: Path) -> None:
-    """One that asks for the interpreter's lock while that shuts down aborts the process, and so the finished job."""
+    """One that asks for the interpreter's lock while that shuts down aborts the process, and so the
+    finished job."""
     folder, script = job / "threads", job / "threads.py"
     script.write_text(THREADS)
     few = ["--set", "num_epochs=2", "--set", "val_freq=1"]
-    done = torchrun("--mode", "train", "--config", job / "config.json", *outputs(folder), *few, cwd=job, script=script)
+    done = torchrun(
+        "--mode",
+        "train",
+        "--config",
+        job / "config.json",
+        *outputs(folder),
+        *few,
+        cwd=job,
+        script=script,
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_restart_never_takes_up_an_older_run(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_never_takes_up_an_older_run(
+    together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
     run_id = torch.load(newest, weights_only=True)["run_id"]
     assert (together / "ckpt" / ms.RUN_FILE).read_text() == run_id
@@ -181,22 +226,29 @@ def test_a_restart_never_takes_up_an_older_run(together: Path, tmp_path: Path, m
     assert ms.after_restart(folder) is None
     (folder / ms.RUN_FILE).write_text(run_id)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert ms.after_restart(folder) is None  # a first start, which may die before it has claimed the folder
+    # a first start, which may die before it has claimed the folder
+    assert ms.after_restart(folder) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert ms.after_restart(folder) is None
 
 
-def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(
+    together: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its folder stands in the checkpoint: neither --config nor --set names it."""
     weights, started = together / "ckpt", []
-    monkeypatch.setattr(ms, "Trainer", lambda config, system, resume: started.append((config, resume)) or Finished())
+    monkeypatch.setattr(
+        ms, "Trainer", lambda config, system, resume: started.append((config, resume)) or Finished()
+    )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
     first = weights / "checkpoint_epoch_5.pth"
     arguments = ms.parse_command_line(["--mode", "train", "--resume", str(first)])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert ms.train(arguments, ms.ConditionalFlow, ms.Config) == 0
     ((config, resume),) = started
-    assert resume == str(weights / f"checkpoint_epoch_{STEPS}.pth") and config.checkpoint_dir == str(weights)
+    assert resume == str(
+        weights / f"checkpoint_epoch_{STEPS}.pth"
+    ) and config.checkpoint_dir == str(weights)
 
 
 class Finished:
@@ -206,12 +258,21 @@ class Finished:
         return 0
 
 
-def test_restarts_on_several_hosts_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = dict(TORCHELASTIC_RUN_ID="night", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="3")
+def test_restarts_on_several_hosts_need_a_store_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = dict(
+        TORCHELASTIC_RUN_ID="night",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_MAX_RESTARTS="3",
+    )
     told |= dict(GROUP_WORLD_SIZE="2", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ms.UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), ms.process_group("train", "cpu"):
+    with (
+        pytest.raises(ms.UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        ms.process_group("train", "cpu"),
+    ):
         pass
 
 
@@ -222,10 +283,16 @@ def test_evaluation_by_two_processes_writes_the_same_rows(job: Path, together: P
         done = run(*arguments, "--checkpoint", together / "ckpt" / "best_model.pth", cwd=job)
         assert done.returncode == 0, done.stderr
         (folder,) = (job / name / "results").glob("eval_*")
-        assert (folder / "overview.png").exists() and len(list((folder / "images").glob("*_viz.png"))) == 5
+        assert (folder / "overview.png").exists() and len(
+            list((folder / "images").glob("*_viz.png"))
+        ) == 5
         with open(folder / "metrics.csv", newline="") as stream:
-            tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)])
-        assert not [path for path in (job / name / "results").iterdir() if path.name.startswith(".")]
+            tables.append(
+                [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+            )
+        assert not [
+            path for path in (job / name / "results").iterdir() if path.name.startswith(".")
+        ]
     assert len(tables[0]) == 5 and tables[0] == tables[1]
 
 
@@ -236,23 +303,40 @@ def test_a_folder_is_shared_out_and_listed_once(job: Path, together: Path) -> No
     (inputs / "broken.png").write_bytes(b"no picture")
     for name, run in (("out1", run_script), ("out2", torchrun)):
         weights = ["--checkpoint", together / "ckpt" / "best_model.pth"]
-        done = run("--mode", "enhance", *weights, "--input", inputs, "--output", job / name, cwd=job)
+        done = run(
+            "--mode", "enhance", *weights, "--input", inputs, "--output", job / name, cwd=job
+        )
         assert done.returncode == 1 and done.stderr.count("failed: ") == 1, done.stderr
     for seed in range(5):
-        assert (job / "out1" / f"{seed}.png").read_bytes() == (job / "out2" / f"{seed}.png").read_bytes()
-    names = [[row["file"] for row in csv.DictReader((job / n / "enhance.csv").open())] for n in ("out1", "out2")]
+        assert (job / "out1" / f"{seed}.png").read_bytes() == (
+            job / "out2" / f"{seed}.png"
+        ).read_bytes()
+    names = [
+        [row["file"] for row in csv.DictReader((job / n / "enhance.csv").open())]
+        for n in ("out1", "out2")
+    ]
     assert names[0] == names[1] and len(names[0]) == 6
 
 
 @pytest.mark.parametrize("mode", ["demo", "export"])
 def test_work_for_one_process_is_refused(tmp_path: Path, mode: str) -> None:
-    done = torchrun("--mode", mode, *(["--output", "x.onnx"] if mode == "export" else []), cwd=tmp_path)
-    assert done.returncode != 0 and f"error: --mode {mode} is the work of one process" in done.stderr
+    done = torchrun(
+        "--mode", mode, *(["--output", "x.onnx"] if mode == "export" else []), cwd=tmp_path
+    )
+    assert (
+        done.returncode != 0 and f"error: --mode {mode} is the work of one process" in done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_told_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
-    arguments = ["--config", job / "config.json", *outputs(tmp_path), "--set", f"train_low_dir={tmp_path / 'nowhere'}"]
+    arguments = [
+        "--config",
+        job / "config.json",
+        *outputs(tmp_path),
+        "--set",
+        f"train_low_dir={tmp_path / 'nowhere'}",
+    ]
     done = torchrun("--mode", "train", *arguments, cwd=tmp_path)
     assert done.returncode != 0 and "error: train_low_dir" in done.stderr
     assert 'model_script.py", line' not in done.stderr
@@ -263,12 +347,16 @@ def test_a_mistake_is_told_and_leaves_nothing(job: Path, tmp_path: Path) -> None
 def test_processes_and_parts_divide_a_batch_without_rest(count: int, of: int, parts: int) -> None:
     batch = list(range(count))
     shares = [ms.divide(batch, place, of, parts) for place in range(of)]
-    assert [item for share in shares for chunk, weight in share if weight for item in chunk] == batch
+    assert [
+        item for share in shares for chunk, weight in share if weight for item in chunk
+    ] == batch
     assert sum(weight for share in shares for _, weight in share) == pytest.approx(1)
     assert all(share and all(chunk for chunk, _ in share) for share in shares)
 
 
 def test_one_process_needs_no_group() -> None:
     assert (ms.rank(), ms.processes()) == (0, 1)
-    assert ms.from_first("x") == "x" and ms.from_all(3) == [3] and list(ms.my_share([1, 2])) == [1, 2]
+    assert (
+        ms.from_first("x") == "x" and ms.from_all(3) == [3] and list(ms.my_share([1, 2])) == [1, 2]
+    )
     assert "RANK" not in os.environ

@@ -1,4 +1,5 @@
-"""What holds for every config, every pair of folders and every picture: hypothesis looks for the one that breaks it."""
+"""What holds for every config, every pair of folders and every picture: hypothesis looks for the
+one that breaks it."""
 
 from __future__ import annotations
 
@@ -20,14 +21,18 @@ from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
 import model_script as ms
 
 FIELDS = {key.name: key for key in dataclasses.fields(ms.Config)}
-often = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+often = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 seldom = settings(often, max_examples=60)
 
-# configs --------------------------------------------------------------------------------------------------------------
+# configs ------------------------------------------------------------------------------------------
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -40,7 +45,9 @@ def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
     if key.type == "bool":
         return st.booleans()
     if key.type == "str":
-        return st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+        return st.text(
+            st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12
+        )
     number = st.integers(low, high) if "int" in key.type else st.floats(low, high)
     return st.lists(number, min_size=1, max_size=4) if key.type.startswith("list") else number
 
@@ -52,11 +59,20 @@ right_settings = st.sets(st.sampled_from(sorted(FIELDS)), max_size=6).flatmap(
 
 def is_right(key: dataclasses.Field, value: Any) -> bool:
     """Whether `value` is what the key's documentation promises."""
-    kinds = {"int": int, "float": float, "bool": bool, "str": str, "list[int]": int, "list[float]": float}
+    kinds = {
+        "int": int,
+        "float": float,
+        "bool": bool,
+        "str": str,
+        "list[int]": int,
+        "list[float]": float,
+    }
     items = value if key.type.startswith("list") else [value]
     low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
     typed = all(type(item) is kinds[key.type] for item in items) and len(items) > 0
-    return typed and all((low is None or low <= item <= high) and (not choices or item in choices) for item in items)
+    return typed and all(
+        (low is None or low <= item <= high) and (not choices or item in choices) for item in items
+    )
 
 
 @often
@@ -80,12 +96,18 @@ def test_right_settings_come_through_a_file_and_through_set(chosen: dict[str, An
         typed = ms.typed_settings(ms.Config(), ms.read_config_file(str(path)), "here")
     assert typed == chosen
     assert all(is_right(FIELDS[name], value) for name, value in typed.items())
-    texts = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
+    texts = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in chosen.items()
+    ]
     assert dict(ms.parse_assignment(text, ms.Config) for text in texts) == chosen
 
 
 @often
-@given(content=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@given(
+    content=st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
 def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.json"
@@ -97,7 +119,10 @@ def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -
 
 
 @often
-@given(text=st.text(max_size=30) | st.tuples(st.sampled_from(sorted(FIELDS)), st.text(max_size=12)).map("=".join))
+@given(
+    text=st.text(max_size=30)
+    | st.tuples(st.sampled_from(sorted(FIELDS)), st.text(max_size=12)).map("=".join)
+)
 def test_any_set_is_typed_or_refused(text: str) -> None:
     try:
         found = ms.parse_command_line(["--mode", "train", f"--set={text}"]).settings
@@ -107,7 +132,9 @@ def test_any_set_is_typed_or_refused(text: str) -> None:
     assert text.startswith(f"{name}=") and is_right(FIELDS[name], value)
 
 
-@pytest.mark.parametrize("option", ["mode", "config", "set", "checkpoint", "resume", "input", "output"])
+@pytest.mark.parametrize(
+    "option", ["mode", "config", "set", "checkpoint", "resume", "input", "output"]
+)
 def test_two_dashes_are_no_value(option: str) -> None:
     """argparse drops them and hands on an empty list."""
     with pytest.raises(ms.UserError, match=f"--{option}"):
@@ -130,7 +157,17 @@ def test_messages_stay_short() -> None:
     laughs: list[Any] = ["ha"]
     for _ in range(60):
         laughs = [laughs, laughs]
-    for value in (endless, laughs, {(1, 2): 3}, "x" * 10**6, [1] * 10**6, 10**4000, {"a": {1j}}, b"bytes", 1j):
+    for value in (
+        endless,
+        laughs,
+        {(1, 2): 3},
+        "x" * 10**6,
+        [1] * 10**6,
+        10**4000,
+        {"a": {1j}},
+        b"bytes",
+        1j,
+    ):
         with pytest.raises(ms.UserError, match="batch_size must be an integer") as caught:
             ms.typed_settings(ms.Config(), {"batch_size": value}, "here")
         assert len(str(caught.value)) < 200
@@ -158,10 +195,12 @@ def test_a_config_without_end_is_refused_at_once(tmp_path: Path) -> None:
     assert time.process_time() - started < 2
 
 
-# pairs ----------------------------------------------------------------------------------------------------------------
+# pairs --------------------------------------------------------------------------------------------
 
 stems = st.text(st.sampled_from("019aB²٣é _-.\n\udcff"), min_size=1, max_size=5)
-names = st.tuples(stems, st.sampled_from([".png", ".PNG", ".jpg", ".tiff", ".webp", ".txt", ""])).map("".join)
+names = st.tuples(
+    stems, st.sampled_from([".png", ".PNG", ".jpg", ".tiff", ".webp", ".txt", ""])
+).map("".join)
 folders = st.sets(names.filter(lambda name: name not in (".", "..")), max_size=9)
 
 
@@ -176,7 +215,9 @@ def wanted(files: set[str]) -> dict[str, list[str]]:
 
 @often
 @given(lows=folders, highs=folders, common=folders)
-def test_pairs_are_the_common_stems_and_every_other_picture_is_named(lows: set[str], highs: set[str], common: set[str]) -> None:
+def test_pairs_are_the_common_stems_and_every_other_picture_is_named(
+    lows: set[str], highs: set[str], common: set[str]
+) -> None:
     lows, highs, messages = lows | common, highs | common, []
     with tempfile.TemporaryDirectory() as root:
         for kind, files in (("low", lows), ("high", highs)):
@@ -193,15 +234,23 @@ def test_pairs_are_the_common_stems_and_every_other_picture_is_named(lows: set[s
             return
     assert not twice
     assert {pair.name for pair in pairs} == both and len(pairs) == len(both)
-    assert all(pair.low.name in lows and pair.high.name in highs and pair.low.stem == pair.high.stem for pair in pairs)
+    assert all(
+        pair.low.name in lows and pair.high.name in highs and pair.low.stem == pair.high.stem
+        for pair in pairs
+    )
     numbers = [int(pair.name) for pair in pairs if pair.name.isdecimal()]
     assert numbers == sorted(numbers)
-    orphans = [name for files in (lows, highs) for stem, (name,) in wanted(files).items() if stem not in both]
+    orphans = [
+        name
+        for files in (lows, highs)
+        for stem, (name,) in wanted(files).items()
+        if stem not in both
+    ]
     told = "\n".join(messages)
     assert all(name in told for name in orphans) and bool(messages) == bool(orphans)
 
 
-# pictures -------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -213,7 +262,10 @@ class Case(NamedTuple):
     orientation: int
 
     def __repr__(self) -> str:
-        return f"{self.suffix} {self.stored.shape} {self.stored.dtype} orientation {self.orientation} {self.data[:9]!r}"
+        return (
+            f"{self.suffix} {self.stored.shape} {self.stored.dtype} orientation {self.orientation}"
+            f" {self.data[:9]!r}"
+        )
 
 
 @st.composite
@@ -228,16 +280,29 @@ def pictures(draw: st.DrawFn) -> Case:
     orientation = draw(st.integers(1, 8))
     flat = pixels[..., 0] if channels == 1 else pixels
     if suffix == "tif":
-        options: dict[str, Any] = dict(extratags=[(274, 3, 1, orientation, True)], byteorder=draw(st.sampled_from("<>")))
-        options |= dict(photometric="rgb" if channels > 1 else "minisblack", compression=draw(st.sampled_from([None, "zlib"])))
-        options |= dict(rowsperstrip=draw(st.sampled_from([None, 1, 7]))) | ({"tile": (16, 16)} if draw(st.booleans()) else {})
+        options: dict[str, Any] = dict(
+            extratags=[(274, 3, 1, orientation, True)], byteorder=draw(st.sampled_from("<>"))
+        )
+        options |= dict(
+            photometric="rgb" if channels > 1 else "minisblack",
+            compression=draw(st.sampled_from([None, "zlib"])),
+        )
+        options |= dict(rowsperstrip=draw(st.sampled_from([None, 1, 7]))) | (
+            {"tile": (16, 16)} if draw(st.booleans()) else {}
+        )
         options |= dict(extrasamples=["unassalpha"]) if channels == 4 else {}
         return Case(suffix, tiff(flat, metadata=None, **options), pixels, orientation)
     if suffix == "bmp" or depth == np.uint16:
-        data = png(pixels, interlaced=draw(st.booleans())) if suffix == "png" else encoded(flat, suffix)
+        data = (
+            png(pixels, interlaced=draw(st.booleans()))
+            if suffix == "png"
+            else encoded(flat, suffix)
+        )
         return Case(suffix, data, pixels, 1)
     options = dict(lossless=True, exact=True) if suffix == "webp" else {}
-    return Case(suffix, encoded(flat, suffix, exif=exif_of(orientation), **options), pixels, orientation)
+    return Case(
+        suffix, encoded(flat, suffix, exif=exif_of(orientation), **options), pixels, orientation
+    )
 
 
 @seldom
@@ -263,19 +328,29 @@ def test_every_lossless_picture_is_read_to_the_last_bit(case: Case) -> None:
 def test_what_is_written_is_what_is_read_again(case: Case, suffix: str) -> None:
     picture = ms.read_picture(io.BytesIO(case.data))
     deep = picture.pixels.dtype == np.uint16 and suffix in (".png", ".tif")
-    pixels = picture.pixels if deep or picture.pixels.dtype == np.uint8 else (picture.pixels >> 8).astype(np.uint8)
+    pixels = (
+        picture.pixels
+        if deep or picture.pixels.dtype == np.uint8
+        else (picture.pixels >> 8).astype(np.uint8)
+    )
     read = ms.read_picture(io.BytesIO(ms.encode_picture(pixels, suffix, picture)))
     assert read.pixels.shape == pixels.shape and read.pixels.dtype == pixels.dtype
-    assert (read.alpha is not None) == (picture.alpha is not None and suffix not in (".jpg", ".bmp"))
+    assert (read.alpha is not None) == (
+        picture.alpha is not None and suffix not in (".jpg", ".bmp")
+    )
     if suffix in (".png", ".tif", ".bmp"):
         np.testing.assert_array_equal(read.pixels, pixels)
 
 
 @seldom
 @given(
-    case=pictures(), damage=st.lists(st.tuples(st.integers(0, 999), st.binary(max_size=4)), max_size=4), cut=st.integers(0, 40)
+    case=pictures(),
+    damage=st.lists(st.tuples(st.integers(0, 999), st.binary(max_size=4)), max_size=4),
+    cut=st.integers(0, 40),
 )
-def test_a_damaged_picture_is_refused_by_name_or_whole(case: Case, damage: list[tuple[int, bytes]], cut: int) -> None:
+def test_a_damaged_picture_is_refused_by_name_or_whole(
+    case: Case, damage: list[tuple[int, bytes]], cut: int
+) -> None:
     data = bytearray(case.data)
     for place, new in damage:
         data[place % len(data) : place % len(data) + len(new)] = new

@@ -15,7 +15,8 @@ import model_script as ms
 
 TRAIN, EVALUATION = ROOT / ms.ARCHIVE_TRAIN, ROOT / ms.ARCHIVE_EVAL
 pytestmark = pytest.mark.skipif(
-    not (TRAIN.is_dir() and EVALUATION.is_dir()), reason="the data set's archives are not unpacked beside model_script.py"
+    not (TRAIN.is_dir() and EVALUATION.is_dir()),
+    reason="the data set's archives are not unpacked beside model_script.py",
 )
 
 
@@ -26,7 +27,9 @@ def configured(**changes: Any) -> ms.Config:
         for part, folder in (("train", TRAIN), ("eval", EVALUATION))
         for kind in ("low", "high")
     }
-    return ms.apply_settings(ms.Config(), {"device": "cpu", "cache_megabytes": 0} | folders | changes, "test")
+    return ms.apply_settings(
+        ms.Config(), {"device": "cpu", "cache_megabytes": 0} | folders | changes, "test"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def thumbnails() -> np.ndarray:
 
 def shrunk(path: Path, side: int) -> np.ndarray:
     """(side, side, 3) uint8, as PairStore does it."""
-    return np.asarray(ms.Image.fromarray(ms.read_image(path)).resize((side, side), ms.Image.Resampling.BOX))
+    return np.asarray(
+        ms.Image.fromarray(ms.read_image(path)).resize((side, side), ms.Image.Resampling.BOX)
+    )
 
 
 def test_all_pairs_are_found() -> None:
@@ -59,17 +64,35 @@ def test_the_split_keeps_scenes_together(thumbnails: np.ndarray) -> None:
 
 def test_the_published_numbers_are_of_these_pairs(thumbnails: np.ndarray) -> None:
     """What README's commands name: the validation scenes of seed 0, and evaluation pairs."""
-    names = {part: (ROOT / "benchmarks" / f"{part}_scenes.txt").read_text() for part in ("validation", "evaluation")}
+    names = {
+        part: (ROOT / "benchmarks" / f"{part}_scenes.txt").read_text()
+        for part in ("validation", "evaluation")
+    }
     pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
     _, validation = ms.split_by_scene(thumbnails, configured())
-    assert [pair.name for pair in ms.choose_scenes(pairs, names["validation"])] == [pairs[i].name for i in validation]
+    assert [pair.name for pair in ms.choose_scenes(pairs, names["validation"])] == [
+        pairs[i].name for i in validation
+    ]
     evaluation = ms.find_pairs(str(EVALUATION / "low"), str(EVALUATION / "high"), "eval")
     assert len(ms.choose_scenes(evaluation, names["evaluation"])) == 42
 
 
 def test_a_few_steps_lower_the_loss() -> None:
-    settings = dict(flow_channels=16, num_flow_blocks=1, thumbnail_size=32, image_size=[64, 64], learning_rate=5e-3)
-    config = configured(**settings, flips=False, window_min=1.0, exposure_gain=0.0, channel_gain=0.0, global_dropout=0.0)
+    settings = dict(
+        flow_channels=16,
+        num_flow_blocks=1,
+        thumbnail_size=32,
+        image_size=[64, 64],
+        learning_rate=5e-3,
+    )
+    config = configured(
+        **settings,
+        flips=False,
+        window_min=1.0,
+        exposure_gain=0.0,
+        channel_gain=0.0,
+        global_dropout=0.0,
+    )
     pairs = ms.find_pairs(config.train_low_dir, config.train_high_dir, "train")[:2]
     store = ms.PairStore(pairs, config)
     samples = ms.TrainingSamples(store, range(len(store)), config)
@@ -99,7 +122,11 @@ def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatc
         def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
             return low
 
-    scored = list(ms.score_pairs(Untouched(config), store, config, ms.choose_runtime(config), [None] * len(store)))
+    scored = list(
+        ms.score_pairs(
+            Untouched(config), store, config, ms.choose_runtime(config), [None] * len(store)
+        )
+    )
     assert len(scored) == len(store)
     assert all(tuple(one.enhanced.shape) == (3, 128, 128) for one in scored)
     assert float(np.mean([one.row["psnr"] for one in scored])) == pytest.approx(8.7, abs=1.5)

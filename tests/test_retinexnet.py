@@ -1,4 +1,5 @@
-"""RetinexNet: its networks and losses against formulas written out, its training modes, and every mode of the command line."""
+"""RetinexNet: its networks and losses against formulas written out, its training modes, and every
+mode of the command line."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def pair_batch(size: int = 24) -> ms.Sample:
     return ms.Sample(0.1 * high, high, high, high)
 
 
-# losses, pixel by pixel -----------------------------------------------------------------------------------------------
+# losses, pixel by pixel ---------------------------------------------------------------------------
 
 
 def difference_at(image: np.ndarray, y: int, x: int, axis: str) -> float:
@@ -64,7 +65,12 @@ def smoothness_by_loops(illumination: np.ndarray, reflectance: np.ndarray) -> fl
         grey = 0.299 * red + 0.587 * green + 0.114 * blue
         for y in range(height):
             for x in range(width):
-                around = [(j, i) for j in (y - 1, y, y + 1) for i in (x - 1, x, x + 1) if 0 <= j < height and 0 <= i < width]
+                around = [
+                    (j, i)
+                    for j in (y - 1, y, y + 1)
+                    for i in (x - 1, x, x + 1)
+                    if 0 <= j < height and 0 <= i < width
+                ]
                 for axis in ("horizontal", "vertical"):
                     edges = sum(difference_at(grey, j, i, axis) for j, i in around) / len(around)
                     total += difference_at(illumination[b, 0], y, x, axis) * np.exp(-10 * edges)
@@ -81,7 +87,9 @@ def l1_by_loops(reflectance: np.ndarray, illumination: np.ndarray, target: np.nd
 
 
 def maps(seed: int) -> rn.Decomposition:
-    return rn.Decomposition(picture(2, 3, 5, 6, seed=seed).double(), picture(2, 1, 5, 6, seed=seed + 1).double())
+    return rn.Decomposition(
+        picture(2, 3, 5, 6, seed=seed).double(), picture(2, 1, 5, 6, seed=seed + 1).double()
+    )
 
 
 def test_smoothness_by_loops() -> None:
@@ -100,7 +108,9 @@ def test_an_edge_of_the_illumination_is_cheap_where_the_reflectance_has_one() ->
 def test_decom_losses_by_loops() -> None:
     of_low, of_high = maps(0), maps(2)
     low, high = picture(2, 3, 5, 6, seed=5).double(), picture(2, 3, 5, 6, seed=6).double()
-    terms = {name: float(term) for name, term in rn.decom_losses(low, high, of_low, of_high).items()}
+    terms = {
+        name: float(term) for name, term in rn.decom_losses(low, high, of_low, of_high).items()
+    }
     (r_l, i_l), (r_h, i_h) = ([part.numpy() for part in parts] for parts in (of_low, of_high))
     s_l, s_h = low.numpy(), high.numpy()
     assert terms == pytest.approx(
@@ -117,7 +127,9 @@ def test_decom_losses_by_loops() -> None:
 def test_relight_losses_by_loops() -> None:
     reflectance, relit = maps(0)
     high = picture(2, 3, 5, 6, seed=6).double()
-    terms = {name: float(term) for name, term in rn.relight_losses(high, reflectance, relit).items()}
+    terms = {
+        name: float(term) for name, term in rn.relight_losses(high, reflectance, relit).items()
+    }
     expected = {
         "relight": l1_by_loops(reflectance.numpy(), relit.numpy(), high.numpy()),
         "relight_smoothness": 3 * smoothness_by_loops(relit.numpy(), reflectance.numpy()),
@@ -125,7 +137,7 @@ def test_relight_losses_by_loops() -> None:
     assert terms == pytest.approx(expected, rel=1e-10)
 
 
-# networks -------------------------------------------------------------------------------------------------------------
+# networks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -134,12 +146,15 @@ def test_the_published_width_has_the_published_number_of_weights(transposed: boo
     wide = 64 * 64 * 9 + 64
     decom = (4 * 64 * 81 + 64) + 5 * wide + (64 * 4 * 9 + 4)
     relight = (4 * 64 * 9 + 64) + 6 * wide + (3 * 64 * 64 + 64) + (64 * 9 + 1)
-    counts = [sum(p.numel() for p in network.parameters()) for network in (model.decom, model.relight)]
+    counts = [
+        sum(p.numel() for p in network.parameters()) for network in (model.decom, model.relight)
+    ]
     assert counts == [decom, relight]
 
 
 def test_decom_net_by_hand() -> None:
-    """The channel maximum first, no activation after the 9x9 layer, five rectified layers, sigmoids."""
+    """The channel maximum first, no activation after the 9x9 layer, five rectified layers,
+    sigmoids."""
     net = rn.DecomNet(4)
     low = picture(2, 3, 9, 7)
     weights = list(net.parameters())
@@ -159,7 +174,8 @@ def larger(image: Tensor, times: int) -> Tensor:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_enhance_net_by_hand(transposed: bool) -> None:
-    """Three halvings, three doublings to which the encoder's maps are added, and all three scales gathered."""
+    """Three halvings, three doublings to which the encoder's maps are added, and all three scales
+    gathered."""
     net = rn.EnhanceNet(4, transposed)
     seen = rn.Decomposition(picture(1, 3, 16, 24), picture(1, 1, 16, 24, seed=1))
     weights = list(net.parameters())
@@ -192,24 +208,36 @@ def test_any_size_gives_pictures_in_range(size: tuple[int, int], transposed: boo
         assert image.shape == low.shape
         assert image.min() >= 0 and image.max() <= 1
     seen = model.decom(low)
-    assert model.relit(seen).max() > 1 and enhanced.std() > 0.01  # so that the clamp had something to do
+    # so that the clamp had something to do
+    assert model.relit(seen).max() > 1 and enhanced.std() > 0.01
     padded = rn.Decomposition(*(ms.pad_to_multiple(part) for part in seen))
-    torch.testing.assert_close(model.relight(seen), model.relight(padded)[..., : size[0], : size[1]])
+    torch.testing.assert_close(
+        model.relight(seen), model.relight(padded)[..., : size[0], : size[1]]
+    )
     assert torch.equal(enhanced, (seen.reflectance * model.relit(seen)).clamp(0, 1))
     assert torch.equal(between["illumination"][:, 2:], seen.illumination)
 
 
-# stages and modes of training -----------------------------------------------------------------------------------------
+# stages and modes of training ---------------------------------------------------------------------
 
 
 def test_rates_fall_in_steps_and_start_anew_with_each_stage() -> None:
-    settings: dict[str, Any] = dict(decom_lr=0.008, relight_lr=0.002, decay_every=0.25, decay_factor=0.5)
+    settings: dict[str, Any] = dict(
+        decom_lr=0.008, relight_lr=0.002, decay_every=0.25, decay_factor=0.5
+    )
     at = (0.0, 0.12, 0.13, 0.49, 0.5, 0.62, 0.63, 0.99, 1.0)
     model = tiny_model(**settings)
     rates = [model.learning_rate_at(progress, 0) for progress in at]
     assert rates == [0.008, 0.008, 0.004, 0.001, 0.008, 0.008, 0.004, 0.001, 0.0005]
     joint = tiny_model(**settings, training="join")
-    assert [joint.learning_rate_at(p, 0) for p in at] == [0.008] * 3 + [0.004, 0.002, 0.002, 0.002, 0.001, 0.0005]
+    assert [joint.learning_rate_at(p, 0) for p in at] == [0.008] * 3 + [
+        0.004,
+        0.002,
+        0.002,
+        0.002,
+        0.001,
+        0.0005,
+    ]
     groups = model.make_optimizer().param_groups
     assert [0.008 * group.get("lr_scale", 1.0) for group in groups] == [0.008, 0.002]
     sizes = [[p.shape for p in net.parameters()] for net in (model.decom, model.relight)]
@@ -227,7 +255,9 @@ def test_rates_fall_in_steps_and_start_anew_with_each_stage() -> None:
         ("ignore_ienhance", 0.9, ("decom",)),
     ],
 )
-def test_each_mode_lowers_its_loss(training: str, progress: float, learning: tuple[str, ...]) -> None:
+def test_each_mode_lowers_its_loss(
+    training: str, progress: float, learning: tuple[str, ...]
+) -> None:
     """Only the networks of the stage move, even under weight decay, and their loss falls."""
     model, batch = tiny_model(training=training, weight_decay=0.1), pair_batch()
     before = copy.deepcopy(model.state_dict())
@@ -252,7 +282,9 @@ def test_each_mode_lowers_its_loss(training: str, progress: float, learning: tup
         "relight": {"relight", "relight_smoothness"},
     }
     expected = set().union(*(parts[name] for name in learning))
-    assert set(terms) == (parts["decom"] | parts["relight"] if training == "ignore_ienhance" else expected)
+    assert set(terms) == (
+        parts["decom"] | parts["relight"] if training == "ignore_ienhance" else expected
+    )
 
 
 def test_the_first_step_of_joint_training_moves_decom_net_by_the_relit_picture() -> None:
@@ -268,15 +300,22 @@ def test_ignoring_the_enhance_net_gives_the_reflectance() -> None:
     terms = model.losses(batch)
     torch.testing.assert_close(terms["relight"], (reflectance - batch.high).abs().mean())
     assert not terms["relight_smoothness"].any()
-    assert not torch.equal(tiny_model().enhance(batch.low), tiny_model().decom(batch.low).reflectance)
+    assert not torch.equal(
+        tiny_model().enhance(batch.low), tiny_model().decom(batch.low).reflectance
+    )
 
 
-# the real trainer -----------------------------------------------------------------------------------------------------
+# the real trainer ---------------------------------------------------------------------------------
 
 
 def run(folder: Path, *arguments: str | Path, **changes: Any) -> int:
     """A mode of the command line, in this process, with tiny settings below `folder`."""
-    settings = tiny_config(folder, channels=4, num_epochs=EPOCHS, save_freq=1, keep_checkpoints=9, ema_decay=0.0) | changes
+    settings = (
+        tiny_config(
+            folder, channels=4, num_epochs=EPOCHS, save_freq=1, keep_checkpoints=9, ema_decay=0.0
+        )
+        | changes
+    )
     path = folder / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return ms.main([*map(str, arguments), "--config", str(path)], rn.RetinexNet, rn.RetinexConfig)
@@ -285,7 +324,10 @@ def run(folder: Path, *arguments: str | Path, **changes: Any) -> int:
 def weights_after(folder: Path, epoch: int) -> dict[str, Any]:
     """What equal runs share of checkpoint_epoch_N.pth."""
     found = torch.load(folder / "ckpt" / f"checkpoint_epoch_{epoch}.pth", weights_only=True)
-    return {"model": found["model"], **{key: found["training"][key] for key in ("model", "averaged", "optimizer", "step")}}
+    return {
+        "model": found["model"],
+        **{key: found["training"][key] for key in ("model", "averaged", "optimizer", "step")},
+    }
 
 
 def part(weights: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -304,19 +346,34 @@ def test_split_training_freezes_decom_net_bit_for_bit(trained: Path) -> None:
     torch.manual_seed(0)
     start = {"model": rn.RetinexNet(rn.RetinexConfig(channels=4)).state_dict()}
     first, half, later, end = (weights_after(trained, epoch) for epoch in (1, 2, 3, 4))
-    assert differing(part(start, "decom"), part(first, "decom")) and differing(part(first, "decom"), part(half, "decom"))
+    assert differing(part(start, "decom"), part(first, "decom")) and differing(
+        part(first, "decom"), part(half, "decom")
+    )
     assert not differing(part(start, "relight"), part(half, "relight"))
     assert not differing(part(half, "decom"), part(end, "decom"))
-    assert differing(part(half, "relight"), part(later, "relight")) and differing(part(later, "relight"), part(end, "relight"))
+    assert differing(part(half, "relight"), part(later, "relight")) and differing(
+        part(later, "relight"), part(end, "relight")
+    )
     deployed = torch.load(trained / "ckpt" / "best_model.pth", weights_only=True)
     assert deployed["system"] == "RetinexNet"
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, epoch: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    trained: Path, tmp_path: Path, epoch: int
+) -> None:
     """From within the first stage, from the border and from within the second."""
-    outputs = [f"--set={kind}_dir={tmp_path / name}" for kind, name in (("checkpoint", "ckpt"), ("log", "logs"))]
-    resumed = ["--mode", "train", "--resume", str(trained / "ckpt" / f"checkpoint_epoch_{epoch}.pth"), *outputs]
+    outputs = [
+        f"--set={kind}_dir={tmp_path / name}"
+        for kind, name in (("checkpoint", "ckpt"), ("log", "logs"))
+    ]
+    resumed = [
+        "--mode",
+        "train",
+        "--resume",
+        str(trained / "ckpt" / f"checkpoint_epoch_{epoch}.pth"),
+        *outputs,
+    ]
     assert ms.main(resumed, rn.RetinexNet, rn.RetinexConfig) == 0
     assert not differing(weights_after(trained, EPOCHS), weights_after(tmp_path, EPOCHS))
 
@@ -328,11 +385,17 @@ def test_averaged_weights_follow_the_frozen_ones(tmp_path: Path) -> None:
     for epoch in (4, 8):
         found = torch.load(tmp_path / "ckpt" / f"checkpoint_epoch_{epoch}.pth", weights_only=True)
         deployed, frozen = found["model"], found["training"]["model"]
-        ahead.append(max(float((deployed[key] - frozen[key]).abs().max()) for key in frozen if key.startswith("decom")))
+        ahead.append(
+            max(
+                float((deployed[key] - frozen[key]).abs().max())
+                for key in frozen
+                if key.startswith("decom")
+            )
+        )
     assert ahead[0] > 1e-4 and ahead[1] < 1e-6
 
 
-# every mode of the command line ---------------------------------------------------------------------------------------
+# every mode of the command line -------------------------------------------------------------------
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -348,7 +411,10 @@ def test_evaluation_shows_reflectance_and_illumination(trained: Path) -> None:
     low = ms.to_tensor(pixels(trained / "data" / "eval" / "low" / "0.png"))[None]
     low = ms.resize(low, config.image_size, quantise=True)
     with torch.no_grad():
-        expected = {"": model.enhance(low), **{f"_{name}": image for name, image in model.pictures(low).items()}}
+        expected = {
+            "": model.enhance(low),
+            **{f"_{name}": image for name, image in model.pictures(low).items()},
+        }
     assert set(expected) == {"", "_reflectance", "_illumination", "_relit"}
     for suffix, image in expected.items():
         found = pixels(folder / "images" / f"0{suffix}.png")
@@ -369,7 +435,9 @@ def test_tensorboard_shows_the_maps_beside_low_enhanced_and_high(trained: Path) 
     assert not np.ptp(illumination, axis=2).any() and not np.ptp(relit, axis=2).any()  # grey
 
 
-@pytest.mark.parametrize("settings", [{"training": "join", "transposed": True}, {"training": "ignore_ienhance"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"training": "join", "transposed": True}, {"training": "ignore_ienhance"}], ids=str
+)
 def test_the_other_modes_train_and_enhance(tmp_path: Path, settings: dict[str, Any]) -> None:
     make_data(tmp_path)
     assert run(tmp_path, "--mode", "train", num_epochs=1, **settings) == 0
@@ -377,9 +445,13 @@ def test_the_other_modes_train_and_enhance(tmp_path: Path, settings: dict[str, A
     assert run(tmp_path, "--mode", "enhance", "--input", source, "--output", target) == 0
     assert pixels(target).shape == pixels(source).shape
     if settings["training"] == "ignore_ienhance":
-        model = ms.load_model(str(tmp_path / "ckpt" / "best_model.pth"), {}, rn.RetinexNet, rn.RetinexConfig)[0].cpu()
+        model = ms.load_model(
+            str(tmp_path / "ckpt" / "best_model.pth"), {}, rn.RetinexNet, rn.RetinexConfig
+        )[0].cpu()
         with torch.no_grad():
-            reflectance = ms.to_uint8(model.decom(ms.to_tensor(pixels(source))[None]).reflectance[0])
+            reflectance = ms.to_uint8(
+                model.decom(ms.to_tensor(pixels(source))[None]).reflectance[0]
+            )
         assert np.abs(pixels(target).astype(int) - reflectance).max() <= 1
 
 
@@ -394,44 +466,88 @@ def test_the_demo_compares_it_with_gamma(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_misspelt_key_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "baselines.retinexnet", "--mode", "train", "--set", "transpose=true"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "baselines.retinexnet",
+        "--mode",
+        "train",
+        "--set",
+        "transpose=true",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert_one_line_error(done.returncode, done.stderr, "transpose", "transposed")
 
 
-def test_wrong_values_and_other_weights_are_one_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong, word in (("training=both", "ignore_ienhance"), ("relight_lr=0", "relight_lr"), ("channels=1.5", "channels")):
-        assert_one_line_error(run(trained, "--mode", "train", "--set", wrong), capsys.readouterr().err, word)
-    assert_one_line_error(run(trained, "--mode", "evaluate", training="join"), capsys.readouterr().err, "training", "split")
-    assert_one_line_error(run(trained, "--mode", "evaluate", transposed=True), capsys.readouterr().err, "transposed")
+def test_wrong_values_and_other_weights_are_one_line(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, word in (
+        ("training=both", "ignore_ienhance"),
+        ("relight_lr=0", "relight_lr"),
+        ("channels=1.5", "channels"),
+    ):
+        assert_one_line_error(
+            run(trained, "--mode", "train", "--set", wrong), capsys.readouterr().err, word
+        )
+    assert_one_line_error(
+        run(trained, "--mode", "evaluate", training="join"),
+        capsys.readouterr().err,
+        "training",
+        "split",
+    )
+    assert_one_line_error(
+        run(trained, "--mode", "evaluate", transposed=True), capsys.readouterr().err, "transposed"
+    )
 
 
 def test_the_recipe_names_only_known_keys() -> None:
     config = ms.apply_settings(rn.RetinexConfig(), ms.read_config_file(str(RECIPE)), str(RECIPE))
     assert (config.image_size, config.crop_size, config.batch_size) == ([128, 128], 0, 4)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/retinexnet", "logs")
-    published = {key.name: getattr(config, key.name) for key in dataclasses.fields(rn.RetinexConfig)}
-    assert published | {"training": "join", "channels": 64, "decom_lr": 0.001, "relight_lr": 0.001} == published
+    published = {
+        key.name: getattr(config, key.name) for key in dataclasses.fields(rn.RetinexConfig)
+    }
+    assert (
+        published | {"training": "join", "channels": 64, "decom_lr": 0.001, "relight_lr": 0.001}
+        == published
+    )
 
 
 def test_the_defaults_are_the_published_ones() -> None:
     config = rn.RetinexConfig()
-    assert (config.training, config.channels, config.decom_lr, config.relight_lr) == ("split", 64, 1e-3, 1e-3)
+    assert (config.training, config.channels, config.decom_lr, config.relight_lr) == (
+        "split",
+        64,
+        1e-3,
+        1e-3,
+    )
     assert (config.num_epochs, config.save_freq) == (20, 10)
     assert (config.weight_decay, config.ema_decay) == (0, 0)  # Adam, and its own weights
 
 
-@pytest.mark.parametrize("wish", ["samples=4", "uncertainty=true", "temperature=1", "learning_rate=0.1"])
-def test_a_key_that_changes_nothing_is_refused(wish: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "wish", ["samples=4", "uncertainty=true", "temperature=1", "learning_rate=0.1"]
+)
+def test_a_key_that_changes_nothing_is_refused(
+    wish: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_one_line_error(
-        run(tmp_path, "--mode", "train", "--set", wish), capsys.readouterr().err, wish.split("=")[0], "nothing"
+        run(tmp_path, "--mode", "train", "--set", wish),
+        capsys.readouterr().err,
+        wish.split("=")[0],
+        "nothing",
     )
 
 
 def test_such_a_key_in_a_shared_config_file_is_let_pass(tmp_path: Path) -> None:
     shared = tmp_path / "shared.json"
     shared.write_text('{"samples": 4, "uncertainty": true, "batch_size": 3}', encoding="utf-8")
-    settings = ms.parse_command_line(["--mode", "train", "--config", str(shared)], rn.RetinexConfig).settings
+    settings = ms.parse_command_line(
+        ["--mode", "train", "--config", str(shared)], rn.RetinexConfig
+    ).settings
     assert settings == {"batch_size": 3}
 
 
@@ -439,6 +555,12 @@ def test_help_names_its_own_commands(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         ms.main(["--help"], rn.RetinexNet, rn.RetinexConfig)
     shown = capsys.readouterr().out
-    assert "with RetinexNet." in shown and "model_script.py" not in shown and "normalizing flow" not in shown
-    assert "python -m baselines.retinexnet --mode train    --config baselines/retinexnet.json" in shown
+    assert (
+        "with RetinexNet." in shown
+        and "model_script.py" not in shown
+        and "normalizing flow" not in shown
+    )
+    assert (
+        "python -m baselines.retinexnet --mode train    --config baselines/retinexnet.json" in shown
+    )
     assert "default: best_model.pth in checkpoint_dir" in " ".join(shown.split())

@@ -1,4 +1,5 @@
-"""Training as a whole: it learns, resumes bit for bit, keeps its checkpoints and reports what happens."""
+"""Training as a whole: it learns, resumes bit for bit, keeps its checkpoints and reports what
+happens."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings_in(data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """The tiny settings, reading `data` and writing below `folder`."""
     outputs = {
-        f"{kind}_dir": str(folder / name) for kind, name in (("checkpoint", "ckpt"), ("log", "logs"), ("results", "res"))
+        f"{kind}_dir": str(folder / name)
+        for kind, name in (("checkpoint", "ckpt"), ("log", "logs"), ("results", "res"))
     }
     return tiny_config(data) | outputs | changes
 
@@ -64,7 +66,8 @@ def state(path: Path) -> dict[str, Any]:
 
 
 def model_that(act: Any) -> type[nn.Module]:
-    """The model, but `act(call, terms)` sees the losses of each call, counted from 1, and returns them."""
+    """The model, but `act(call, terms)` sees the losses of each call, counted from 1, and returns
+    them."""
     calls = [0]
 
     class Acting(ms.ConditionalFlow):
@@ -90,7 +93,9 @@ def interrupt_at(step: int) -> type[nn.Module]:
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody interrupts; it keeps every epoch's checkpoint."""
     folder = tmp_path_factory.mktemp("straight")
-    assert main_with("train", settings_in(data, folder, num_epochs=EPOCHS, keep_checkpoints=100)) == 0
+    assert (
+        main_with("train", settings_in(data, folder, num_epochs=EPOCHS, keep_checkpoints=100)) == 0
+    )
     return folder
 
 
@@ -100,37 +105,57 @@ def resume(checkpoint: Path, folder: Path, *arguments: str) -> int:
     return ms.main(["--mode", "train", "--resume", str(checkpoint), *outputs, *arguments])
 
 
-# learning ------------------------------------------------------------------------------------------------------------
+# learning -----------------------------------------------------------------------------------------
 
 
 def test_overfits_two_pairs_to_30_db(tmp_path: Path) -> None:
     make_pairs(tmp_path / "data" / "train", 2)
     same = {f"val_{kind}_dir": str(tmp_path / "data" / "train" / kind) for kind in ("low", "high")}
-    still = dict(flips=False, exposure_gain=0.0, channel_gain=0.0, window_min=1.0, global_dropout=0.0)
-    schedule = dict(num_epochs=150, val_freq=150, save_freq=150, learning_rate=1e-2, warmup_steps=10, ema_decay=0.9)
-    settings = tiny_config(tmp_path, flow_channels=16, batch_size=2, nll_weight=0.1, **schedule, **same, **still)
+    still = dict(
+        flips=False, exposure_gain=0.0, channel_gain=0.0, window_min=1.0, global_dropout=0.0
+    )
+    schedule = dict(
+        num_epochs=150,
+        val_freq=150,
+        save_freq=150,
+        learning_rate=1e-2,
+        warmup_steps=10,
+        ema_decay=0.9,
+    )
+    settings = tiny_config(
+        tmp_path, flow_channels=16, batch_size=2, nll_weight=0.1, **schedule, **same, **still
+    )
     assert main_with("train", settings) == 0
     assert content(tmp_path / "ckpt" / "best_model.pth")["validation"]["psnr"] >= 30
 
 
 def test_every_step_is_repeatable(straight: Path, data: Path, tmp_path: Path) -> None:
-    assert main_with("train", settings_in(data, tmp_path, num_epochs=EPOCHS, keep_checkpoints=100)) == 0
+    assert (
+        main_with("train", settings_in(data, tmp_path, num_epochs=EPOCHS, keep_checkpoints=100))
+        == 0
+    )
     last = f"ckpt/checkpoint_epoch_{EPOCHS}.pth"
     assert not differing(state(straight / last), state(tmp_path / last))
     assert differing(state(straight / "ckpt/checkpoint_epoch_1.pth"), state(straight / last))
 
 
-# resuming ------------------------------------------------------------------------------------------------------------
+# resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_resuming_after_an_epoch_equals_the_uninterrupted_run(straight: Path, tmp_path: Path, epoch: int) -> None:
+def test_resuming_after_an_epoch_equals_the_uninterrupted_run(
+    straight: Path, tmp_path: Path, epoch: int
+) -> None:
     assert resume(straight / "ckpt" / f"checkpoint_epoch_{epoch}.pth", tmp_path) == 0
     last = f"ckpt/checkpoint_epoch_{EPOCHS}.pth"
     assert not differing(state(straight / last), state(tmp_path / last))
 
 
-@pytest.mark.parametrize("step", [1, STEPS + 2, 2 * STEPS, EPOCHS * STEPS], ids=["first", "mid-epoch", "epoch-end", "last"])
+@pytest.mark.parametrize(
+    "step",
+    [1, STEPS + 2, 2 * STEPS, EPOCHS * STEPS],
+    ids=["first", "mid-epoch", "epoch-end", "last"],
+)
 def test_resuming_after_ctrl_c_equals_the_uninterrupted_run(
     straight: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
@@ -139,7 +164,11 @@ def test_resuming_after_ctrl_c_equals_the_uninterrupted_run(
     if step < EPOCHS * STEPS:
         assert status == 130
         path = tmp_path / "ckpt" / "checkpoint_interrupted.pth"
-        lines = [line for line in re.split(r"[\r\n]+", "".join(capsys.readouterr())) if "--resume" in line]
+        lines = [
+            line
+            for line in re.split(r"[\r\n]+", "".join(capsys.readouterr()))
+            if "--resume" in line
+        ]
         assert len(lines) == 1
         assert f"stopped at step {step}" in lines[0]
         assert str(path) in lines[0]
@@ -167,7 +196,10 @@ def test_resuming_a_stopped_process_equals_the_uninterrupted_run(
         checkpoint = tmp_path / "ckpt" / "checkpoint_interrupted.pth"
     else:
         assert process.returncode == -signal.SIGKILL, printed
-        checkpoint = max((tmp_path / "ckpt").glob("checkpoint_epoch_*.pth"), key=lambda p: int(p.stem.split("_")[-1]))
+        checkpoint = max(
+            (tmp_path / "ckpt").glob("checkpoint_epoch_*.pth"),
+            key=lambda p: int(p.stem.split("_")[-1]),
+        )
     assert content(checkpoint)["training"]["step"] < EPOCHS * STEPS
     assert resume(checkpoint, tmp_path) == 0
     last = f"ckpt/checkpoint_epoch_{EPOCHS}.pth"
@@ -180,7 +212,10 @@ def test_compiled_training_has_the_same_losses(data: Path, tmp_path: Path) -> No
     """Over 20 steps, dropout and dequantisation noise included."""
     curves = []
     for compiled in (False, True):
-        trainer = ms.Trainer(ms.Config(**settings_in(data, tmp_path, compile=compiled, global_dropout=0.5)), ms.ConditionalFlow)
+        trainer = ms.Trainer(
+            ms.Config(**settings_in(data, tmp_path, compile=compiled, global_dropout=0.5)),
+            ms.ConditionalFlow,
+        )
         assert hasattr(trainer.parallel, "_orig_mod") == compiled
         trainer.model.train()
         batches = trainer._loader([[ms.Draw(0, step % STEPS)] for step in range(20)])
@@ -196,12 +231,16 @@ def test_compiling_without_a_compiler_is_one_line(
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main_with("train", settings_in(data, tmp_path, compile=True)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: compile: needs a C++ compiler, and no-such-compiler is not here")
+    assert error.startswith(
+        "error: compile: needs a C++ compiler, and no-such-compiler is not here"
+    )
     assert "--set compile=false" in error
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_a_compiler_that_fails_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     config = write_config(tmp_path, **settings_in(data, tmp_path, compile=True))
@@ -233,15 +272,23 @@ def test_a_finished_run_can_be_prolonged(straight: Path, tmp_path: Path) -> None
 def test_init_from_starts_from_the_weights(straight: Path, data: Path, tmp_path: Path) -> None:
     source = straight / "ckpt" / "best_model.pth"
     settings = settings_in(
-        data, tmp_path, init_from=str(source), num_epochs=1, learning_rate=1e-8, weight_decay=0.0, ema_decay=0.0
+        data,
+        tmp_path,
+        init_from=str(source),
+        num_epochs=1,
+        learning_rate=1e-8,
+        weight_decay=0.0,
+        ema_decay=0.0,
     )
     assert main_with("train", settings) == 0
     started, after = content(source)["model"], content(tmp_path / "ckpt" / "checkpoint_epoch_1.pth")
-    assert all(torch.allclose(started[name], value, atol=1e-6) for name, value in after["model"].items())
+    assert all(
+        torch.allclose(started[name], value, atol=1e-6) for name, value in after["model"].items()
+    )
     assert after["training"]["step"] == STEPS
 
 
-# schedule and averaging ----------------------------------------------------------------------------------------------
+# schedule and averaging ---------------------------------------------------------------------------
 
 
 def test_learning_rate_schedule() -> None:
@@ -251,18 +298,28 @@ def test_learning_rate_schedule() -> None:
     assert ms.learning_rate_at(0.0, 9, config) == pytest.approx(2.0)
     assert ms.learning_rate_at(0.0, 500, config) == pytest.approx(2.0)
     assert ms.learning_rate_at(0.5, 500, config) == pytest.approx(2.0 * 0.505)
-    assert ms.learning_rate_at(0.25, 500, config) == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2))
+    assert ms.learning_rate_at(0.25, 500, config) == pytest.approx(
+        2.0 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2)
+    )
     assert ms.learning_rate_at(1.0, 500, config) == pytest.approx(0.02)
     assert ms.learning_rate_at(1.5, 500, config) == pytest.approx(0.02)
-    assert ms.learning_rate_at(0.0, 0, dataclasses.replace(config, warmup_steps=0)) == pytest.approx(2.0)
+    assert ms.learning_rate_at(
+        0.0, 0, dataclasses.replace(config, warmup_steps=0)
+    ) == pytest.approx(2.0)
 
 
 def test_a_run_follows_the_schedule_to_its_end(straight: Path) -> None:
     for epoch in (1, EPOCHS):
         step = epoch * STEPS - 1
         share = step / (EPOCHS * STEPS)
-        expected = TINY["learning_rate"] * min(1, (step + 1) / 2) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
-        groups = content(straight / "ckpt" / f"checkpoint_epoch_{epoch}.pth")["training"]["optimizer"]["param_groups"]
+        expected = (
+            TINY["learning_rate"]
+            * min(1, (step + 1) / 2)
+            * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        )
+        groups = content(straight / "ckpt" / f"checkpoint_epoch_{epoch}.pth")["training"][
+            "optimizer"
+        ]["param_groups"]
         assert [group["lr"] for group in groups] == pytest.approx([expected] * len(groups))
 
 
@@ -289,7 +346,14 @@ def test_averaged_weights_are_those_saved(data: Path, tmp_path: Path) -> None:
         seen.append(model.local_branch.down2.weight.detach().clone())  # as the steps before left it
         return terms
 
-    assert main_with("train", settings_in(data, tmp_path, num_epochs=1, ema_decay=0.3), model_class=model_that(act)) == 0
+    assert (
+        main_with(
+            "train",
+            settings_in(data, tmp_path, num_epochs=1, ema_decay=0.3),
+            model_class=model_that(act),
+        )
+        == 0
+    )
     saved = content(tmp_path / "ckpt" / "checkpoint_epoch_1.pth")
     name = "local_branch.down2.weight"
     steps = [*seen[1:], saved["training"]["model"][name]]
@@ -308,21 +372,30 @@ def test_ema_decay_0_gives_the_raw_weights(data: Path, tmp_path: Path) -> None:
     assert not differing(saved["model"], saved["training"]["model"])
 
 
-# checkpoints ---------------------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------------------
 
 
 def test_keep_checkpoints_holds_through_a_resume(data: Path, tmp_path: Path) -> None:
     assert main_with("train", settings_in(data, tmp_path, num_epochs=3, keep_checkpoints=2)) == 0
     epochs = lambda: sorted(path.name for path in (tmp_path / "ckpt").glob("checkpoint_epoch_*"))  # noqa: E731
     assert epochs() == ["checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth"]
-    assert resume(tmp_path / "ckpt" / "checkpoint_epoch_3.pth", tmp_path, "--set", "num_epochs=4") == 0
+    assert (
+        resume(tmp_path / "ckpt" / "checkpoint_epoch_3.pth", tmp_path, "--set", "num_epochs=4") == 0
+    )
     assert epochs() == ["checkpoint_epoch_3.pth", "checkpoint_epoch_4.pth"]
 
 
 def test_save_and_validation_frequency(data: Path, tmp_path: Path) -> None:
-    assert main_with("train", settings_in(data, tmp_path, num_epochs=5, save_freq=2, val_freq=4, keep_checkpoints=9)) == 0
+    assert (
+        main_with(
+            "train",
+            settings_in(data, tmp_path, num_epochs=5, save_freq=2, val_freq=4, keep_checkpoints=9),
+        )
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "ckpt").glob("checkpoint_epoch_*"))
-    assert names == [f"checkpoint_epoch_{epoch}.pth" for epoch in (2, 4, 5)]  # the last epoch is always saved
+    # the last epoch is always saved
+    assert names == [f"checkpoint_epoch_{epoch}.pth" for epoch in (2, 4, 5)]
     assert {"best_model.pth", *names} == {path.name for path in (tmp_path / "ckpt").glob("[!.]*")}
     assert content(tmp_path / "ckpt" / "checkpoint_epoch_2.pth")["training"]["best"] == -math.inf
     assert content(tmp_path / "ckpt" / "checkpoint_epoch_4.pth")["training"]["best"] > 0
@@ -331,14 +404,19 @@ def test_save_and_validation_frequency(data: Path, tmp_path: Path) -> None:
 def test_another_runs_best_model_is_renamed_and_ones_own_overwritten(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = {f"val_{kind}_dir": str(data / "data" / "train" / kind) for kind in ("low", "high")}  # so that it gets better
+    # so that it gets better
+    same = {f"val_{kind}_dir": str(data / "data" / "train" / kind) for kind in ("low", "high")}
     settings = settings_in(data, tmp_path, num_epochs=1, learning_rate=1e-2, ema_decay=0.0, **same)
     assert main_with("train", settings | {"seed": 5}) == 0
     best = tmp_path / "ckpt" / "best_model.pth"
     others = best.read_bytes()
     os.utime(best, (1_700_000_000, 1_700_000_000))
     assert main_with("train", settings) == 0
-    renamed = [path for path in best.parent.iterdir() if re.fullmatch(r"best_model_\d{8}_\d{6}\.pth", path.name)]
+    renamed = [
+        path
+        for path in best.parent.iterdir()
+        if re.fullmatch(r"best_model_\d{8}_\d{6}\.pth", path.name)
+    ]
     assert len(renamed) == 1
     assert renamed[0].name.startswith("best_model_202311")  # its own date, not today's
     assert renamed[0].read_bytes() == others
@@ -386,10 +464,21 @@ def test_checkpoints_hold_tensors_and_plain_data(straight: Path) -> None:
     for name in ("best_model.pth", f"checkpoint_epoch_{EPOCHS}.pth"):
         saved = content(straight / "ckpt" / name)
         assert saved["format_version"] == ms.FORMAT_VERSION
-        assert {type(leaf) for leaf in plain_leaves(saved)} <= {Tensor, int, float, str, bool, type(None)}
-        assert ms.apply_settings(ms.Config(), saved["config"], name).flow_channels == TINY["flow_channels"]
+        assert {type(leaf) for leaf in plain_leaves(saved)} <= {
+            Tensor,
+            int,
+            float,
+            str,
+            bool,
+            type(None),
+        }
+        assert (
+            ms.apply_settings(ms.Config(), saved["config"], name).flow_channels
+            == TINY["flow_channels"]
+        )
         assert saved["training_thumbnails"].shape == (STEPS, 16, 16, 3)
-    assert "training" not in content(straight / "ckpt" / "best_model.pth")  # weights only: half the size, and shareable
+    # weights only: half the size, and shareable
+    assert "training" not in content(straight / "ckpt" / "best_model.pth")
 
 
 def test_best_model_is_the_best_validated_epoch(straight: Path) -> None:
@@ -400,7 +489,7 @@ def test_best_model_is_the_best_validated_epoch(straight: Path) -> None:
     assert not differing(best["model"], same_epoch["model"])
 
 
-# what ends a run -----------------------------------------------------------------------------------------------------
+# what ends a run ----------------------------------------------------------------------------------
 
 
 def spoil(name: str) -> Any:
@@ -410,7 +499,9 @@ def spoil(name: str) -> Any:
         if call <= 5:
             return terms
         if name == "gradient":  # the value is 0, the derivative 0 * inf
-            return terms | {"l1": terms["l1"] + (model.log_sigma - model.log_sigma.detach()).square().sqrt()}
+            return terms | {
+                "l1": terms["l1"] + (model.log_sigma - model.log_sigma.detach()).square().sqrt()
+            }
         return terms | {name: terms[name] * math.nan}
 
     return act
@@ -427,7 +518,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert "step 5" in errors[0] and f"term {name}" in errors[0] and str(good) in errors[0]
     saved = content(good)
     assert all(bool(value.isfinite().all()) for value in saved["training"]["model"].values())
-    assert {path.name for path in good.parent.iterdir()} == {"best_model.pth", good.name, ms.RUN_FILE}
+    assert {path.name for path in good.parent.iterdir()} == {
+        "best_model.pth",
+        good.name,
+        ms.RUN_FILE,
+    }
 
 
 class Overflown(ms.ConditionalFlow):
@@ -442,14 +537,29 @@ def test_a_picture_that_is_not_finite_ends_training_and_evaluation(
 ) -> None:
     assert main_with("train", settings_in(data, tmp_path), model_class=Overflown) == 1
     errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
-    assert len(errors) == 1 and "picture is not finite" in errors[0] and not (tmp_path / "ckpt" / "best_model.pth").exists()
+    assert (
+        len(errors) == 1
+        and "picture is not finite" in errors[0]
+        and not (tmp_path / "ckpt" / "best_model.pth").exists()
+    )
     weights = straight / "ckpt" / "best_model.pth"
-    assert main_with("evaluate", settings_in(data, tmp_path), "--checkpoint", weights, model_class=Overflown) == 2
+    assert (
+        main_with(
+            "evaluate", settings_in(data, tmp_path), "--checkpoint", weights, model_class=Overflown
+        )
+        == 2
+    )
     errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
-    assert len(errors) == 1 and "no finite picture" in errors[0] and not list((tmp_path / "res").glob("*"))
+    assert (
+        len(errors) == 1
+        and "no finite picture" in errors[0]
+        and not list((tmp_path / "res").glob("*"))
+    )
 
 
-def test_a_file_of_any_name_beside_the_checkpoints_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_a_file_of_any_name_beside_the_checkpoints_is_left_alone(
+    data: Path, tmp_path: Path
+) -> None:
     names = {"checkpoint_epoch_final.pth", ".mine.pth", "checkpoint_epoch_.pth"}
     (tmp_path / "ckpt").mkdir()
     for name in names:
@@ -464,13 +574,21 @@ def test_a_loss_that_is_never_finite_says_that_no_checkpoint_exists(
 ) -> None:
     worthless = model_that(lambda call, terms, model: terms | {"ssim": terms["ssim"] + math.inf})
     assert main_with("train", settings_in(data, tmp_path), model_class=worthless) == 1
-    errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("error: ")]
+    errors = [
+        line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("error: ")
+    ]
     assert len(errors) == 1
-    assert "step 0" in errors[0] and "term ssim" in errors[0] and "no checkpoint was written yet" in errors[0]
+    assert (
+        "step 0" in errors[0]
+        and "term ssim" in errors[0]
+        and "no checkpoint was written yet" in errors[0]
+    )
 
 
 def test_max_minutes_ends_the_run_with_usable_weights(data: Path, tmp_path: Path) -> None:
-    settings = settings_in(data, tmp_path, num_epochs=100_000, max_minutes=0.01, val_freq=1000, save_freq=1000)
+    settings = settings_in(
+        data, tmp_path, num_epochs=100_000, max_minutes=0.01, val_freq=1000, save_freq=1000
+    )
     assert main_with("train", settings) == 0
     (path,) = (tmp_path / "ckpt").glob("checkpoint_epoch_*.pth")
     training = content(path)["training"]
@@ -481,14 +599,16 @@ def test_max_minutes_ends_the_run_with_usable_weights(data: Path, tmp_path: Path
     assert training["optimizer"]["param_groups"][0]["lr"] < 0.5 * settings["learning_rate"]
 
 
-# logs ----------------------------------------------------------------------------------------------------------------
+# logs ---------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_holds_the_whole_story(straight: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = (straight / "logs").iterdir()
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
+    events = EventAccumulator(
+        str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
+    )
     events.Reload()
     tags = events.Tags()
     losses = {f"loss/{name}" for name in ("nll", "l1", "ssim", "colour", "total")}
@@ -502,15 +622,22 @@ def test_tensorboard_holds_the_whole_story(straight: Path) -> None:
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == epochs, tag
         assert all(math.isfinite(scalar.value) for scalar in scalars), tag
-    total = [sum(events.Scalars(tag)[place].value for tag in losses - {"loss/total"}) for place in range(EPOCHS)]
-    assert [scalar.value for scalar in events.Scalars("loss/total")] == pytest.approx(total, rel=1e-4)
+    total = [
+        sum(events.Scalars(tag)[place].value for tag in losses - {"loss/total"})
+        for place in range(EPOCHS)
+    ]
+    assert [scalar.value for scalar in events.Scalars("loss/total")] == pytest.approx(
+        total, rel=1e-4
+    )
     best = content(straight / "ckpt" / "best_model.pth")["validation"]["psnr"]
-    assert max(scalar.value for scalar in events.Scalars("validation/psnr")) == pytest.approx(best, rel=1e-5)
+    assert max(scalar.value for scalar in events.Scalars("validation/psnr")) == pytest.approx(
+        best, rel=1e-5
+    )
     picture = events.Images("validation/low_enhanced_high_0")[-1]
     assert (picture.width, picture.height) == (3 * 32, 32)
 
 
-# settings that must, or must not, change the result ------------------------------------------------------------------
+# settings that must, or must not, change the result -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -552,8 +679,12 @@ def trained_with(data: Path, folder: Path, **changes: Any) -> dict[str, Tensor]:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_knob_changes_the_weights(data: Path, reference: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert differing(content(reference)["training"]["model"], trained_with(data, tmp_path, **changes))
+def test_every_knob_changes_the_weights(
+    data: Path, reference: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert differing(
+        content(reference)["training"]["model"], trained_with(data, tmp_path, **changes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -565,21 +696,30 @@ def test_every_knob_changes_the_weights(data: Path, reference: Path, tmp_path: P
     ],
     ids=["histogram_sigma", "crop_scales", "whole_share"],
 )
-def test_dependent_knobs_change_the_weights(data: Path, tmp_path: Path, base: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_dependent_knobs_change_the_weights(
+    data: Path, tmp_path: Path, base: dict[str, Any], changes: dict[str, Any]
+) -> None:
     without = trained_with(data, tmp_path / "without", **base)
     assert differing(without, trained_with(data, tmp_path / "with", **base, **changes))
 
 
-def test_loader_processes_and_cache_do_not_change_the_weights(data: Path, reference: Path, tmp_path: Path) -> None:
+def test_loader_processes_and_cache_do_not_change_the_weights(
+    data: Path, reference: Path, tmp_path: Path
+) -> None:
     expected = content(reference)["training"]["model"]
     assert not differing(expected, trained_with(data, tmp_path / "workers", num_workers=2))
     assert not differing(expected, trained_with(data, tmp_path / "uncached", cache_megabytes=0))
 
 
 def test_mixed_precision_on_the_cpu(
-    data: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """bf16 as on a processor that has it; the weights stay float32 and finite, and near those of full precision."""
+    """bf16 as on a processor that has it; the weights stay float32 and finite, and near those of
+    full precision."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     weights = trained_with(data, tmp_path, use_amp=True)
     assert "bfloat16" in capsys.readouterr().out
@@ -595,7 +735,7 @@ def test_use_amp_runs_whatever_the_processor(data: Path, tmp_path: Path) -> None
     assert all(bool(value.isfinite().all()) for value in weights.values())
 
 
-# another system under the same roof -----------------------------------------------------------------------------------
+# another system under the same roof ---------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -606,7 +746,8 @@ class GammaConfig(ms.Config):
 
 
 class Gamma(ms.System):
-    """A model of two numbers, trained in two stages by two groups of one optimizer, with a picture of its own."""
+    """A model of two numbers, trained in two stages by two groups of one optimizer, with a picture
+    of its own."""
 
     def __init__(self, config: GammaConfig) -> None:
         super().__init__(config)
@@ -615,7 +756,9 @@ class Gamma(ms.System):
         self.seen: list[float] = []
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return ms.adamw([{"params": [self.exponent]}, {"params": [self.gain], "lr_scale": 0.5}], self.config)
+        return ms.adamw(
+            [{"params": [self.exponent]}, {"params": [self.gain], "lr_scale": 0.5}], self.config
+        )
 
     def learning_rate_at(self, progress: float, step: int) -> float:
         return 0.01 if progress < 0.5 else 0.001
@@ -635,7 +778,9 @@ class Gamma(ms.System):
         return {"negative": 1 - low}
 
 
-def test_another_system_trains_in_stages_and_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_system_trains_in_stages_and_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_data(tmp_path)
     settings = tiny_config(tmp_path, start=1.5, num_epochs=4, weight_decay=0.0)
     path = tmp_path / "gamma.json"
@@ -653,7 +798,9 @@ def test_another_system_trains_in_stages_and_is_evaluated(tmp_path: Path, capsys
         rates = [group["lr"] for group in trainer.optimizer.param_groups]
         early = trainer.model.seen[-1] < 0.5
         assert rates == ([0.01, 0.005] if early else [0.001, 0.0005])
-        assert (trainer.model.exponent.item() != before[0]) == early and (trainer.model.gain.item() != before[1]) != early
+        assert (trainer.model.exponent.item() != before[0]) == early and (
+            trainer.model.gain.item() != before[1]
+        ) != early
         trainers.append(trainer)
         return result
 
@@ -665,7 +812,17 @@ def test_another_system_trains_in_stages_and_is_evaluated(tmp_path: Path, capsys
     assert run("--mode", "evaluate") == 0  # its own best_model.pth is the default
     (results,) = (tmp_path / "results").glob("eval_*")
     assert (results / "images" / "0_negative.png").exists()
-    assert run("--mode", "enhance", "--input", str(tmp_path / "data/eval/low/0.png"), "--output", str(tmp_path / "o.png")) == 0
+    assert (
+        run(
+            "--mode",
+            "enhance",
+            "--input",
+            str(tmp_path / "data/eval/low/0.png"),
+            "--output",
+            str(tmp_path / "o.png"),
+        )
+        == 0
+    )
     capsys.readouterr()
     weights = str(tmp_path / "ckpt" / "best_model.pth")
     assert ms.main(["--mode", "evaluate", "--checkpoint", weights, *flow_folders(tmp_path)]) == 2
@@ -673,4 +830,9 @@ def test_another_system_trains_in_stages_and_is_evaluated(tmp_path: Path, capsys
 
 
 def flow_folders(folder: Path) -> list[str]:
-    return ["--set", f"eval_low_dir={folder / 'data/eval/low'}", "--set", f"eval_high_dir={folder / 'data/eval/high'}"]
+    return [
+        "--set",
+        f"eval_low_dir={folder / 'data/eval/low'}",
+        "--set",
+        f"eval_high_dir={folder / 'data/eval/high'}",
+    ]

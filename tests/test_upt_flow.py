@@ -1,4 +1,5 @@
-"""UPT-Flow: its map, its layers as bijections with the right log-determinants, its encoder, and every mode through the CLI."""
+"""UPT-Flow: its map, its layers as bijections with the right log-determinants, its encoder, and
+every mode through the CLI."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from torch import Tensor, nn
 import model_script as ms
 from baselines import upt_flow as upt
 
-SMALL = {"encoder_width": 4, "encoder_blocks": 1, "refinement_blocks": 1, "flow_steps": 1, "flow_channels": 8}
+SMALL = {
+    "encoder_width": 4,
+    "encoder_blocks": 1,
+    "refinement_blocks": 1,
+    "flow_steps": 1,
+    "flow_channels": 8,
+}
 Case = tuple[nn.Module, Tensor, object]
 
 
@@ -30,7 +37,9 @@ def small_config(**settings: Any) -> upt.UPTFlowConfig:
     return upt.UPTFlowConfig(**{**SMALL, **settings})
 
 
-def small_model(dtype: torch.dtype = torch.float32, scale: float = 0.03, **settings: Any) -> upt.UPTFlow:
+def small_model(
+    dtype: torch.dtype = torch.float32, scale: float = 0.03, **settings: Any
+) -> upt.UPTFlow:
     """A model with nothing left at zero, which counts as initialised; in training mode."""
     torch.manual_seed(3)
     model = randomise(upt.UPTFlow(small_config(**settings)), scale).to(dtype)
@@ -49,7 +58,7 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# what is read off the dark picture ------------------------------------------------------------------------------------
+# what is read off the dark picture ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,8 @@ def test_share_at_the_threshold_counts_as_zero() -> None:
 
 
 def test_equalised_levels_by_hand() -> None:
-    """Levels 10, 10, 20, 40 of four pixels: with the lowest level's two pixels at 0, the others lie at 1/2 and 1."""
+    """Levels 10, 10, 20, 40 of four pixels: with the lowest level's two pixels at 0, the others lie
+    at 1/2 and 1."""
     low = torch.tensor([[[10, 40], [20, 10]], [[7, 7], [7, 7]]])[None] / 255
     expected = torch.tensor([[[0, 1], [0.5, 0]], [[0, 0], [0, 0]]])[None]
     torch.testing.assert_close(upt.equalise(low), expected)
@@ -109,17 +119,25 @@ def test_inputs_are_what_the_config_says(key: str) -> None:
     assert torch.equal(other, expected)
 
 
-# the flow -------------------------------------------------------------------------------------------------------------
+# the flow -----------------------------------------------------------------------------------------
 
 
 def affine_case() -> Case:
     torch.manual_seed(1)
-    return randomise(upt.ConditionalAffine(6, 5, 8), 0.2), normals(2, 6, 4, 4), normals(2, 5, 4, 4, seed=1)
+    return (
+        randomise(upt.ConditionalAffine(6, 5, 8), 0.2),
+        normals(2, 6, 4, 4),
+        normals(2, 5, 4, 4, seed=1),
+    )
 
 
 def coupling_case() -> Case:
     torch.manual_seed(1)
-    return randomise(upt.CrossCoupling(12, 5, 8), 0.2), normals(2, 12, 3, 4), normals(2, 5, 3, 4, seed=1)
+    return (
+        randomise(upt.CrossCoupling(12, 5, 8), 0.2),
+        normals(2, 12, 3, 4),
+        normals(2, 5, 3, 4, seed=1),
+    )
 
 
 def norm_case() -> Case:
@@ -150,7 +168,8 @@ def test_layer_and_inverse_undo_each_other(name: str) -> None:
         y, forward = layer(x, condition)
         back, inverse = layer.inverse(y, condition)
     assert forward.shape == inverse.shape == (2,)
-    if name != "coupling":  # which changes the halves' places in any case; what it moves has a test below
+    # which changes the halves' places in any case; what it moves has a test below
+    if name != "coupling":
         assert (y.flatten() - x.flatten()).abs().mean() > 0.02
     torch.testing.assert_close(back, x, atol=1e-9, rtol=0)
     torch.testing.assert_close(inverse, -forward, atol=1e-9, rtol=0)
@@ -167,7 +186,10 @@ def test_log_det_is_that_of_the_jacobian_for_each_item(name: str, direction: str
     log_dets = run(x, condition)[1].tolist()
     for item, log_det in enumerate(log_dets if name != "flow" else log_dets[:1]):
         own, start = one(condition, item), x[item : item + 1]
-        matrix = torch.autograd.functional.jacobian(lambda v: run(v.reshape(start.shape), own)[0].flatten(), start.flatten())  # noqa: B023
+        matrix = torch.autograd.functional.jacobian(
+            lambda v, own=own, start=start: run(v.reshape(start.shape), own)[0].flatten(),
+            start.flatten(),
+        )
         assert log_det == pytest.approx(float(torch.linalg.slogdet(matrix).logabsdet), abs=1e-8)
     if name != "norm":
         assert abs(log_dets[0] - log_dets[1]) > 1e-3  # it depends on the data
@@ -183,7 +205,14 @@ def test_inverse_in_single_precision() -> None:
 
 def test_coupling_network_is_the_published_one() -> None:
     net = upt.ConditionalAffine(6, 5, 8).net
-    assert [type(layer) for layer in net] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, upt.CBAM, nn.Conv2d]
+    assert [type(layer) for layer in net] == [
+        nn.Conv2d,
+        nn.ReLU,
+        nn.Conv2d,
+        nn.ReLU,
+        upt.CBAM,
+        nn.Conv2d,
+    ]
     convolutions = [layer for layer in net if isinstance(layer, nn.Conv2d)]
     assert [layer.kernel_size for layer in convolutions] == [(1, 1), (3, 3), (1, 1)]
     assert not convolutions[-1].weight.any() and not convolutions[-1].bias.any()
@@ -202,7 +231,9 @@ def test_scale_is_between_its_floor_and_one() -> None:
 def test_one_coupling_moves_one_half_and_changes_their_places() -> None:
     layer, x, condition = coupling_case()
     y = layer.double()(x, condition)[0]
-    assert torch.equal(y[:, 6:], x[:, :6]) and (y[:, :6] - x[:, 6:]).abs().mean((0, 2, 3)).min() > 1e-3
+    assert (
+        torch.equal(y[:, 6:], x[:, :6]) and (y[:, :6] - x[:, 6:]).abs().mean((0, 2, 3)).min() > 1e-3
+    )
 
 
 def test_in_a_step_each_half_is_moved_by_the_other_and_all_by_the_features() -> None:
@@ -215,7 +246,9 @@ def test_in_a_step_each_half_is_moved_by_the_other_and_all_by_the_features() -> 
             x = layer(x, condition)[0]
         return x
 
-    jacobian = torch.autograd.functional.jacobian(lambda v: run(v, condition[:1]).sum((0, 2, 3)), x[:1])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: run(v, condition[:1]).sum((0, 2, 3)), x[:1]
+    )
     influence = jacobian.abs().sum((1, 3, 4))  # (12 outputs, 12 inputs)
     assert influence[:6, 6:].min() > 1e-6 and influence[6:, :6].min() > 1e-6
     moved = (run(x, condition + 1) - run(x, condition)).abs().mean((0, 2, 3))
@@ -234,7 +267,15 @@ def test_condition_reaches_every_level() -> None:
 def test_steps_per_level() -> None:
     kinds = [type(layer) for layer in upt.CrossFlow(3, 8, 6).layers]
     plain = [upt.ActNorm, ms.InvertibleConv]
-    assert kinds == [ms.Squeeze, *plain * 2, *[*plain, *(upt.ConditionalAffine, upt.CrossCoupling) * 2] * 3] * 3
+    assert (
+        kinds
+        == [
+            ms.Squeeze,
+            *plain * 2,
+            *[*plain, *(upt.ConditionalAffine, upt.CrossCoupling) * 2] * 3,
+        ]
+        * 3
+    )
 
 
 def test_actnorm_takes_mean_and_variance_of_the_first_training_batch_only() -> None:
@@ -248,7 +289,8 @@ def test_actnorm_takes_mean_and_variance_of_the_first_training_batch_only() -> N
     copy.load_state_dict(layer.state_dict())
     for again in (layer, copy):
         slope = again(torch.ones_like(x))[0] - again(torch.zeros_like(x))[0]
-        torch.testing.assert_close(again(2 * x + 1)[0], y + slope * (x + 1), atol=1e-4, rtol=1e-4)  # another batch, same map
+        # another batch, same map
+        torch.testing.assert_close(again(2 * x + 1)[0], y + slope * (x + 1), atol=1e-4, rtol=1e-4)
 
 
 def test_first_loss_initialises_every_actnorm_and_standardises_the_latent() -> None:
@@ -261,25 +303,33 @@ def test_first_loss_initialises_every_actnorm_and_standardises_the_latent() -> N
     torch.manual_seed(5)
     latent = model.likelihood(high, low)[1]
     assert float(latent.detach().mean()) == pytest.approx(0, abs=0.05)
-    # the last step's fresh couplings only scale what its actnorm has made standard: each half by two affines and one coupling
-    assert float(latent.detach().std()) == pytest.approx((1 / (1 + math.exp(-2)) + 3e-4) ** 3, rel=0.02)
+    # the last step's fresh couplings only scale what its actnorm has made standard: each half by
+    # two affines and one coupling
+    assert float(latent.detach().std()) == pytest.approx(
+        (1 / (1 + math.exp(-2)) + 3e-4) ** 3, rel=0.02
+    )
 
 
-# the encoder ----------------------------------------------------------------------------------------------------------
+# the encoder --------------------------------------------------------------------------------------
 
 
 def test_cbam_keeps_the_shape_and_gates_as_its_equations_say() -> None:
     torch.manual_seed(0)
     layer, x = upt.CBAM(8).double(), normals(2, 8, 5, 7)
-    channel = torch.sigmoid(layer.channel(x.mean((2, 3))) + layer.channel(x.flatten(2).max(2).values))
+    channel = torch.sigmoid(
+        layer.channel(x.mean((2, 3))) + layer.channel(x.flatten(2).max(2).values)
+    )
     gated = x * channel[:, :, None, None]
     ends = torch.stack([gated.max(1).values, gated.mean(1)], 1)
-    expected = x + gated * torch.sigmoid(nn.functional.conv2d(ends, layer.position.weight, padding=3))
+    expected = x + gated * torch.sigmoid(
+        nn.functional.conv2d(ends, layer.position.weight, padding=3)
+    )
     torch.testing.assert_close(layer(x), expected)
 
 
 def test_transposed_attention_is_restormers() -> None:
-    """Rows of the attention are channels; queries and keys have length 1 over the pixels; each head has its temperature."""
+    """Rows of the attention are channels; queries and keys have length 1 over the pixels; each head
+    has its temperature."""
     torch.manual_seed(0)
     layer, x = randomise(upt.TransposedAttention(8, 2), 0.5).double(), normals(2, 8, 5, 7)
     with torch.no_grad():
@@ -288,7 +338,9 @@ def test_transposed_attention_is_restormers() -> None:
         for item in range(2):
             for head in range(2):
                 query, key, value = qkv[item, :, head]
-                query, key = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (query, key))
+                query, key = (
+                    part / np.linalg.norm(part, axis=1, keepdims=True) for part in (query, key)
+                )
                 logits = weights[head, 0, 0] * query @ key.T
                 mixed[item, head] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) @ value
         expected = layer.out(torch.from_numpy(mixed.reshape(2, 8, 5, 7)))
@@ -316,15 +368,22 @@ def test_blocks_of_both_branches_add_their_parts_to_what_they_are_given() -> Non
 
     def normal(norm: upt.ChannelNorm, x: Tensor) -> Tensor:
         mean, variance = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
-        return (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        return (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[
+            :, None, None
+        ]
 
     block = randomise(upt.LocalBlock(8, 2, 4, 2), 0.3)
     attended = x + block.attention(normal(block.norm, x), embedding)
     norm, enter, conv, _, leave, gate = block.feed
     fed = leave(F.gelu(conv(enter(normal(norm, attended)))))
     around = F.pad(fed.mean((2, 3)), (1, 1))
-    mixed = sum(weight * around[:, place : place + 8] for place, weight in enumerate(gate.mix.weight.flatten()))
-    torch.testing.assert_close(block(x, embedding), attended + fed * mixed.sigmoid()[..., None, None])
+    mixed = sum(
+        weight * around[:, place : place + 8]
+        for place, weight in enumerate(gate.mix.weight.flatten())
+    )
+    torch.testing.assert_close(
+        block(x, embedding), attended + fed * mixed.sigmoid()[..., None, None]
+    )
 
     whole = randomise(upt.GlobalBlock(8, 2), 0.3)
     attended = x + whole.attend[1](normal(whole.attend[0], x))
@@ -344,23 +403,44 @@ def test_the_published_encoder_has_the_papers_heads_blocks_and_windows() -> None
         config = upt.UPTFlowConfig()
         encoder = upt.MSFormer(6, config)
     stages = [*encoder.encoders, encoder.bottom]
-    assert [stage.globals[0].attend[1].to_qkv[0].in_channels for stage in stages] == [48, 96, 192, 384]
+    assert [stage.globals[0].attend[1].to_qkv[0].in_channels for stage in stages] == [
+        48,
+        96,
+        192,
+        384,
+    ]
     heads = [[len(block.attend[1].temperature) for block in stage.globals] for stage in stages]
     assert heads == [[count] * 2 for count in (2, 2, 4, 8)]
-    assert [[block.attention.heads for block in stage.locals] for stage in stages] == [[count] * 2 for count in (1, 2, 4, 8)]
+    assert [[block.attention.heads for block in stage.locals] for stage in stages] == [
+        [count] * 2 for count in (1, 2, 4, 8)
+    ]
     assert {block.attention.window for stage in stages for block in stage.locals} == {5}
     assert len(encoder.refine) == 2
-    assert (config.crop_size, config.batch_size, config.learning_rate, config.weight_decay) == (160, 8, 2e-4, 0.0)
-    assert (config.flow_steps, upt.PLAIN_STEPS, config.log_input, config.histogram_input) == (8, 2, False, True)
+    assert (config.crop_size, config.batch_size, config.learning_rate, config.weight_decay) == (
+        160,
+        8,
+        2e-4,
+        0.0,
+    )
+    assert (config.flow_steps, upt.PLAIN_STEPS, config.log_input, config.histogram_input) == (
+        8,
+        2,
+        False,
+        True,
+    )
 
 
 def test_each_level_gives_its_own_features_and_the_refined_ones_at_its_size() -> None:
     torch.manual_seed(0)
     encoder, seen = randomise(upt.MSFormer(3, small_config()), 0.05), {}
     for name in ("eighth", "refine"):
-        getattr(encoder, name).register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+        getattr(encoder, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: output})
+        )
     for place, stage in enumerate(encoder.decoders):
-        stage.register_forward_hook(lambda module, inputs, output, place=place: seen.update({place: output}))
+        stage.register_forward_hook(
+            lambda module, inputs, output, place=place: seen.update({place: output})
+        )
     found = encoder(pixels(1, 3, 16, 24).float(), torch.ones(1, 1, 16, 24))
     for features, own in zip(found, (seen[1], seen[0], seen["eighth"]), strict=True):
         resized = nn.functional.interpolate(seen["refine"], own.shape[-2:], mode="bilinear")
@@ -369,8 +449,11 @@ def test_each_level_gives_its_own_features_and_the_refined_ones_at_its_size() ->
 
 @pytest.mark.parametrize("size", [(10, 10), (8, 12), (2, 3)])
 @pytest.mark.parametrize("shift", [0, 2])
-def test_window_attention_is_attention_within_each_window(size: tuple[int, int], shift: int) -> None:
-    """Against a mask over all pairs of pixels: the same window, in a lattice of which a window starts at pixel `shift`."""
+def test_window_attention_is_attention_within_each_window(
+    size: tuple[int, int], shift: int
+) -> None:
+    """Against a mask over all pairs of pixels: the same window, in a lattice of which a window
+    starts at pixel `shift`."""
     torch.manual_seed(0)
     (height, width), heads = size, 2
     layer = randomise(upt.WindowAttention(8, heads, 5, shift), 0.3).double()
@@ -379,8 +462,13 @@ def test_window_attention_is_attention_within_each_window(size: tuple[int, int],
         part.reshape(2, heads, 4, -1).mT
         for part in (layer.to_query(embedding), layer.to_key(embedding), layer.to_value(features))
     )
-    y, x = (p.flatten() for p in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    lattice = (y - shift).div(5, rounding_mode="floor") * 100 + (x - shift).div(5, rounding_mode="floor")
+    y, x = (
+        p.flatten()
+        for p in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    )
+    lattice = (y - shift).div(5, rounding_mode="floor") * 100 + (x - shift).div(
+        5, rounding_mode="floor"
+    )
     apart = lattice[:, None] != lattice
     offset = ((y[:, None] - y + 4) * 9 + (x[:, None] - x + 4)).masked_fill(apart, 0)
     logits = query @ key.mT / 2 + layer.position[:, offset]
@@ -395,9 +483,11 @@ def test_queries_and_keys_are_the_maps_and_values_the_features() -> None:
     features, embedding = normals(1, 4, 5, 5), normals(1, 4, 5, 5, seed=1)
     plain = layer(features, embedding)
     origin = layer(torch.zeros_like(features), embedding)
-    torch.testing.assert_close(layer(3 * features, embedding) - origin, 3 * (plain - origin))  # linear: they weigh nothing
+    # linear: they weigh nothing
+    torch.testing.assert_close(layer(3 * features, embedding) - origin, 3 * (plain - origin))
     assert (layer(features, embedding + normals(1, 4, 5, 5, seed=2)) - plain).abs().max() > 1e-3
-    nn.init.zeros_(layer.to_value.weight)  # equal values everywhere: the weights sum to 1 and the map drops out
+    # equal values everywhere: the weights sum to 1 and the map drops out
+    nn.init.zeros_(layer.to_value.weight)
     torch.testing.assert_close(layer(features, embedding), layer(features, -embedding))
 
 
@@ -416,7 +506,11 @@ def test_encoder_gives_three_levels_and_the_map_matters() -> None:
     encoder = randomise(upt.MSFormer(3, small_config(encoder_blocks=2)), 0.05)
     low = pixels(2, 3, 24, 40).float()
     features = encoder(low, torch.ones(2, 1, 24, 40))
-    assert [tuple(part.shape) for part in features] == [(2, 24, 12, 20), (2, 24, 6, 10), (2, 24, 3, 5)]
+    assert [tuple(part.shape) for part in features] == [
+        (2, 24, 12, 20),
+        (2, 24, 6, 10),
+        (2, 24, 3, 5),
+    ]
     balance = torch.ones(2, 1, 24, 40)
     balance[..., :12, :20] = 0
     for changed, plain in zip(encoder(low, balance), features, strict=True):
@@ -424,9 +518,14 @@ def test_encoder_gives_three_levels_and_the_map_matters() -> None:
 
 
 def test_map_alone_guides_every_stage() -> None:
-    """Down to 1/8 and up again, what the windows are asked with follows from the map and never from the pixels."""
+    """Down to 1/8 and up again, what the windows are asked with follows from the map and never from
+    the pixels."""
     torch.manual_seed(0)
-    encoder, balance, seen = upt.MSFormer(3, small_config()), (pixels(1, 1, 16, 16) > 0.5).float(), []
+    encoder, balance, seen = (
+        upt.MSFormer(3, small_config()),
+        (pixels(1, 1, 16, 16) > 0.5).float(),
+        [],
+    )
     for stage in encoder.modules():
         if isinstance(stage, upt.Stage):
             stage.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
@@ -439,7 +538,10 @@ def test_map_alone_guides_every_stage() -> None:
 
 
 def test_features_and_map_go_down_and_up_through_the_same_convolutions() -> None:
-    encoder, balance = randomise(upt.MSFormer(3, small_config()), 0.1), (pixels(1, 1, 16, 16) > 0.5).float()
+    encoder, balance = (
+        randomise(upt.MSFormer(3, small_config()), 0.1),
+        (pixels(1, 1, 16, 16) > 0.5).float(),
+    )
     stages = [*encoder.encoders, encoder.bottom, *encoder.decoders]
     given: dict[torch.nn.Module, tuple[Tensor, ...]] = {}
     made: dict[torch.nn.Module, Tensor] = {}
@@ -452,7 +554,11 @@ def test_features_and_map_go_down_and_up_through_the_same_convolutions() -> None
         torch.testing.assert_close(given[below][0], shrink(made[above]))
         torch.testing.assert_close(given[below][1], shrink(given[above][1]))
     for number, (grow, merge) in enumerate(zip(encoder.ups, encoder.merges, strict=True)):
-        below, skip, decode = stages[3 + number], encoder.encoders[2 - number], encoder.decoders[number]
+        below, skip, decode = (
+            stages[3 + number],
+            encoder.encoders[2 - number],
+            encoder.decoders[number],
+        )
         torch.testing.assert_close(given[merge][0], torch.cat([grow(made[below]), made[skip]], 1))
         torch.testing.assert_close(given[decode][0], made[merge])
         grown = grow(given[below][1])
@@ -465,7 +571,7 @@ def test_windows_are_shifted_in_every_other_block() -> None:
     assert [block.attention.lead for block in stage.locals] == [0, 3, 0]
 
 
-# the model ------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 33)])
@@ -484,8 +590,12 @@ def test_temperature_zero_is_deterministic_and_above_zero_is_not() -> None:
             torch.manual_seed(seed)
             pictures.append(model.enhance(low, temperature))
     assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[2], pictures[3])
-    assert (pictures[2] - pictures[0]).abs().max() > 0.01 and (pictures[2] - pictures[4]).abs().max() > 0.01
-    assert float(model.latent(low.new_zeros(4, 3, 64, 64), 0.7).std()) == pytest.approx(0.7, rel=0.03)
+    assert (pictures[2] - pictures[0]).abs().max() > 0.01 and (
+        pictures[2] - pictures[4]
+    ).abs().max() > 0.01
+    assert float(model.latent(low.new_zeros(4, 3, 64, 64), 0.7).std()) == pytest.approx(
+        0.7, rel=0.03
+    )
 
 
 def test_decoding_the_encoded_picture_gives_it_back() -> None:
@@ -533,34 +643,55 @@ def test_terms_of_weight_zero_are_absent_and_the_others_weighted() -> None:
         assert losses(**{name: 1.0}) == pytest.approx({name: once[name]})
     cut = picture[..., :16, :16]
     y, _ = model.flow.inverse(torch.zeros(1, 192, 2, 2), model.condition(cut * 0.1))
-    assert once["l1"] == pytest.approx(float((y - (cut * 255 + 0.5) / 256).detach().abs().mean()), rel=1e-5)
+    assert once["l1"] == pytest.approx(
+        float((y - (cut * 255 + 0.5) / 256).detach().abs().mean()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("nll_weight", "l1_weight"), [(1.0, 0.0), (0.0, 1.0)])
 def test_gradients_reach_every_parameter(nll_weight: float, l1_weight: float) -> None:
-    model = small_model(nll_weight=nll_weight, l1_weight=l1_weight, encoder_blocks=2, flow_channels=64)
+    model = small_model(
+        nll_weight=nll_weight, l1_weight=l1_weight, encoder_blocks=2, flow_channels=64
+    )
     picture = pixels(2, 3, 32, 32).float()
     batch = ms.Sample(picture**2, picture, picture, torch.tensor([ms.WHOLE_BOX] * 2))
     sum(model.losses(batch).values()).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    silent = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not silent
 
 
 @pytest.mark.parametrize(
     ("progress", "step", "share"),
-    [(0.0, 0, 0.1), (0.0, 4, 0.5), (0.39, 50, 1), (0.4, 50, 0.5), (0.6, 50, 0.25), (0.8, 50, 0.125), (1.0, 50, 0.0625)],
+    [
+        (0.0, 0, 0.1),
+        (0.0, 4, 0.5),
+        (0.39, 50, 1),
+        (0.4, 50, 0.5),
+        (0.6, 50, 0.25),
+        (0.8, 50, 0.125),
+        (1.0, 50, 0.0625),
+    ],
 )
-def test_learning_rate_warms_up_and_halves_at_the_milestones(progress: float, step: int, share: float) -> None:
+def test_learning_rate_warms_up_and_halves_at_the_milestones(
+    progress: float, step: int, share: float
+) -> None:
     config = small_config(learning_rate=1e-3, warmup_steps=10)
-    assert upt.UPTFlow.learning_rate_at(SimpleNamespace(config=config), progress, step) == pytest.approx(1e-3 * share)
+    assert upt.UPTFlow.learning_rate_at(
+        SimpleNamespace(config=config), progress, step
+    ) == pytest.approx(1e-3 * share)
 
 
 def test_published_size_has_the_papers_number_of_parameters() -> None:
     model = upt.UPTFlow(upt.UPTFlowConfig())
     count = sum(p.numel() for p in model.parameters())
     assert count / 1e6 == pytest.approx(23.81, abs=0.005)
-    idle = sum(layer.lower.numel() for layer in model.flow.layers if isinstance(layer, ms.InvertibleConv))
-    assert (count - idle) / 1e6 == pytest.approx(23.45, abs=0.05)  # with one matrix for each 1x1 convolution
+    idle = sum(
+        layer.lower.numel() for layer in model.flow.layers if isinstance(layer, ms.InvertibleConv)
+    )
+    # with one matrix for each 1x1 convolution
+    assert (count - idle) / 1e6 == pytest.approx(23.45, abs=0.05)
 
 
 def test_published_size_runs_forward_backward_and_inverse() -> None:
@@ -570,14 +701,16 @@ def test_published_size_runs_forward_backward_and_inverse() -> None:
     batch = ms.Sample(high * 0.1, high, high, torch.tensor([ms.WHOLE_BOX]))
     terms = model.losses(batch)
     sum(terms.values()).backward()
-    assert set(terms) == {"nll", "l1"} and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert set(terms) == {"nll", "l1"} and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.grad is not None
+    )
     with torch.no_grad():
         features = model.condition(batch.low)
         back = ms.requantise(model.flow.inverse(model.bits(high, features)[1], features)[0])
     assert (back - high).abs().max() < 0.02
 
 
-# through the command line ---------------------------------------------------------------------------------------------
+# through the command line -------------------------------------------------------------------------
 
 
 def settings_in(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -588,13 +721,17 @@ def run(mode: str, folder: Path, settings: dict[str, Any], *arguments: str) -> i
     """Run a mode in this process; returns its exit status."""
     path = folder / "settings.json"
     path.write_text(json.dumps(settings))
-    return ms.main(["--mode", mode, "--config", str(path), *arguments], upt.UPTFlow, upt.UPTFlowConfig)
+    return ms.main(
+        ["--mode", mode, "--config", str(path), *arguments], upt.UPTFlow, upt.UPTFlowConfig
+    )
 
 
 def test_training_lowers_both_terms() -> None:
     torch.manual_seed(0)
     model = upt.UPTFlow(small_config(l1_weight=5.0, learning_rate=1e-3))
-    high = torch.nn.functional.interpolate(pixels(2, 3, 4, 4).float(), size=(32, 32), mode="bicubic").clamp(0, 1)
+    high = torch.nn.functional.interpolate(
+        pixels(2, 3, 4, 4).float(), size=(32, 32), mode="bicubic"
+    ).clamp(0, 1)
     batch = ms.Sample(high * 0.1, high, high, torch.tensor([ms.WHOLE_BOX] * 2))
     optimizer, history = ms.adamw(model.parameters(), model.config), []
     for _ in range(60):
@@ -621,17 +758,27 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         trainer._train_step([(batch, 1.0)])
     averaged = trainer.ema.module
     assert all(layer.initialised for layer in averaged.modules() if isinstance(layer, upt.ActNorm))
-    assert averaged.flow.layers[1].log_scale.abs().min() > 0.5  # averaged from the initialised values, not from zero
+    # averaged from the initialised values, not from zero
+    assert averaged.flow.layers[1].log_scale.abs().min() > 0.5
     path = trainer.save("checkpoint_interrupted.pth")
     assert run("train", resumed, settings, "--resume", str(path)) == 0
-    expected, got = (ms.load_checkpoint(str(folder / "ckpt" / "checkpoint_epoch_2.pth")) for folder in (straight, resumed))
+    expected, got = (
+        ms.load_checkpoint(str(folder / "ckpt" / "checkpoint_epoch_2.pth"))
+        for folder in (straight, resumed)
+    )
     for state in (expected, got):
-        state["training"] = {k: v for k, v in state["training"].items() if k in ("model", "averaged", "optimizer", "step")}
+        state["training"] = {
+            k: v
+            for k, v in state["training"].items()
+            if k in ("model", "averaged", "optimizer", "step")
+        }
     for part in ("model", "training"):
         assert not differing(expected[part], got[part])
 
 
-def test_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_data(tmp_path, train=2)
     settings = settings_in(tmp_path, num_epochs=1)
     assert run("train", tmp_path, settings) == 0
@@ -650,7 +797,9 @@ def test_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr(ms, "DEMO_TRAIN", ms.DEMO_TRAIN[:1])
     monkeypatch.setattr(ms, "DEMO_TEST", ms.DEMO_TEST[:1])
     quick = ["flow_channels=8", "image_size=32,32", "num_epochs=1"]
-    assert run("demo", tmp_path, settings, *(word for text in quick for word in ("--set", text))) == 0
+    assert (
+        run("demo", tmp_path, settings, *(word for text in quick for word in ("--set", text))) == 0
+    )
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""The page's server: what it answers, what it refuses, and that nothing of an upload is left behind."""
+"""The page's server: what it answers, what it refuses, and that nothing of an upload is left
+behind."""
 
 from __future__ import annotations
 
@@ -38,7 +39,15 @@ def write_checkpoint(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.05, seed)
-    ms.save_checkpoint(path, {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r", "epoch": 1})
+    ms.save_checkpoint(
+        path,
+        {
+            "config": dataclasses.asdict(config),
+            "model": model.state_dict(),
+            "run_id": "r",
+            "epoch": 1,
+        },
+    )
     return path
 
 
@@ -66,7 +75,11 @@ LOW = dark_picture(target_picture(2))
 
 
 def upload(client: Any, data: bytes, name: str = "x.png", **fields: str) -> Any:
-    return client.post("/jobs", data={"picture": (io.BytesIO(data), name), **fields}, content_type="multipart/form-data")
+    return client.post(
+        "/jobs",
+        data={"picture": (io.BytesIO(data), name), **fields},
+        content_type="multipart/form-data",
+    )
 
 
 def wait(client: Any, answer: Any) -> tuple[str, dict[str, Any]]:
@@ -88,13 +101,18 @@ def pixels_of(answer: Any) -> np.ndarray:
 
 def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.Studio) -> None:
     job, info = wait(client, upload(client, encoded(LOW), samples="2", uncertainty="1"))
-    assert info["state"] == "done" and (info["width"], info["height"], info["samples"]) == (48, 40, 2)
+    assert info["state"] == "done" and (info["width"], info["height"], info["samples"]) == (
+        48,
+        40,
+        2,
+    )
     assert info["deviation"] > 0
     model, config, runtime = studio.load(next(iter(studio.models)))
     expected = ms.enhance_pixels(model, LOW, config, runtime).best
     full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1"))
     assert np.abs(full - expected / 257).max() <= 0.51
-    view = pixels_of(client.get(f"/jobs/{job}/enhanced")).astype(float)  # a JPEG of the same: noise is lost, colour is not
+    # a JPEG of the same: noise is lost, colour is not
+    view = pixels_of(client.get(f"/jobs/{job}/enhanced")).astype(float)
     assert np.abs((view - full).mean((0, 1))).max() < 2 and np.abs(view - full).mean() < 10
     assert np.abs(pixels_of(client.get(f"/jobs/{job}/low")).astype(float) - LOW).mean() < 4
     samples = [pixels_of(client.get(f"/jobs/{job}/sample{n}?full=1")) for n in (1, 2)]
@@ -105,7 +123,10 @@ def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.S
 
 def test_exposure_is_applied_without_another_run(client: Any) -> None:
     job, _ = wait(client, upload(client, encoded(LOW)))
-    means = [pixels_of(client.get(f"/jobs/{job}/enhanced?full=1&exposure={stops}")).mean() for stops in (-1, 0, 1)]
+    means = [
+        pixels_of(client.get(f"/jobs/{job}/enhanced?full=1&exposure={stops}")).mean()
+        for stops in (-1, 0, 1)
+    ]
     assert means == sorted(set(means))
     for wrong in ("nan", "much", "7"):
         assert client.get(f"/jobs/{job}/enhanced?exposure={wrong}").status_code == 400
@@ -132,7 +153,9 @@ def test_16_bits_and_orientation_survive(client: Any) -> None:
     assert (info["width"], info["height"]) == (40, 48)
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "large", "megapixels", "small", "none", "samples"])
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "truncated", "large", "megapixels", "small", "none", "samples"]
+)
 def test_bad_uploads_get_one_clear_line(client: Any, kind: str) -> None:
     data, words, fields = {
         "text": (b"this is no picture", "not a readable picture", {}),
@@ -147,15 +170,21 @@ def test_bad_uploads_get_one_clear_line(client: Any, kind: str) -> None:
     answer = client.post("/jobs", data=fields) if data is None else upload(client, data, **fields)
     if answer.status_code == 202:
         job, info = wait(client, answer)
-        assert info["state"] == "failed" and words in info["message"] and "\n" not in info["message"]
+        assert (
+            info["state"] == "failed" and words in info["message"] and "\n" not in info["message"]
+        )
         assert client.get(f"/jobs/{job}/enhanced").status_code == 409
     else:
         assert answer.status_code == (413 if kind == "large" else 400)
         assert words in answer.get_json()["error"]
 
 
-@pytest.mark.parametrize("name", ["../../evil.png", "/etc/passwd", "C:\\a.png", "a\x00b.png", "\N{SNOWMAN}" * 300])
-def test_upload_names_never_touch_the_file_system(client: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../../evil.png", "/etc/passwd", "C:\\a.png", "a\x00b.png", "\N{SNOWMAN}" * 300]
+)
+def test_upload_names_never_touch_the_file_system(
+    client: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """And nothing of a large upload goes through a temporary file either."""
 
     def refuse(*arguments: Any, **options: Any) -> Any:
@@ -190,15 +219,27 @@ def test_wrong_addresses_and_methods(client: Any, method: str, path: str, status
 
 def test_another_site_cannot_upload(client: Any) -> None:
     data = {"picture": (io.BytesIO(encoded(LOW)), "x.png")}
-    assert client.post("/jobs", data=data, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert (
+        client.post("/jobs", data=data, headers={"Origin": "http://evil.example"}).status_code
+        == 403
+    )
     data = {"picture": (io.BytesIO(encoded(LOW)), "x.png")}
-    assert client.post("/jobs", data=data, headers={"Origin": "http://localhost"}).status_code == 202
+    assert (
+        client.post("/jobs", data=data, headers={"Origin": "http://localhost"}).status_code == 202
+    )
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(client: Any, studio: web_app.Studio) -> None:
+def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(
+    client: Any, studio: web_app.Studio
+) -> None:
     answer = client.get("/")
     page = answer.get_data(as_text=True)
-    assert answer.status_code == 200 and "http://" not in page and "https://" not in page and "//cdn" not in page
+    assert (
+        answer.status_code == 200
+        and "http://" not in page
+        and "https://" not in page
+        and "//cdn" not in page
+    )
     policy = answer.headers["Content-Security-Policy"]
     nonce = policy.split("script-src 'nonce-")[1].split("'")[0]
     assert page.count(f'nonce="{nonce}"') == 2 and "unsafe" not in policy
@@ -207,8 +248,12 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(client: Any, studi
         assert label in page
     for path in ("/", "/jobs/none", "/samples/rocket"):
         headers = client.get(path).headers
-        assert headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
-        assert headers["Referrer-Policy"] == "no-referrer" and headers["Cache-Control"] == "no-store"
+        assert (
+            headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
+        )
+        assert (
+            headers["Referrer-Policy"] == "no-referrer" and headers["Cache-Control"] == "no-store"
+        )
 
 
 def test_samples_are_dark_photographs(client: Any) -> None:
@@ -229,16 +274,22 @@ class Slow:
 
 
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Slow, web_app.Studio]]:
+def slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, Slow, web_app.Studio]]:
     work = Slow()
-    studio = web_app.Studio([write_checkpoint(tmp_path / "w.pth", 3)], {"device": "cpu"}, megapixels=1)
+    studio = web_app.Studio(
+        [write_checkpoint(tmp_path / "w.pth", 3)], {"device": "cpu"}, megapixels=1
+    )
     monkeypatch.setattr(studio, "_do", work)
     yield web_app.make_app(studio, megabytes=2).test_client(), work, studio
     work.gate.release(1000)
     studio.close()
 
 
-def test_the_queue_shows_its_place_and_refuses_when_full(slow: tuple[Any, Slow, web_app.Studio]) -> None:
+def test_the_queue_shows_its_place_and_refuses_when_full(
+    slow: tuple[Any, Slow, web_app.Studio],
+) -> None:
     client, work, _ = slow
     jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(web_app.LONGEST_QUEUE)]
     full = upload(client, encoded(LOW))
@@ -252,7 +303,9 @@ def test_the_queue_shows_its_place_and_refuses_when_full(slow: tuple[Any, Slow, 
         time.sleep(0.01)
 
 
-def test_old_results_are_forgotten(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_results_are_forgotten(
+    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, work, studio = slow
     size = LOW.nbytes + 40 * 48 * 3 * 2  # a result and its input
     monkeypatch.setattr(web_app, "KEEP_BYTES", 3 * size + 100)
@@ -298,20 +351,28 @@ def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> Non
 def test_whole_pictures_leave_threads_for_everything_else(
     slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While they are made, so many wait for them and no more; views and everything else are answered."""
+    """While they are made, so many wait for them and no more; views and everything else are
+    answered."""
     client, work, _ = slow
     work.gate.release()
     job, _ = wait(client, upload(client, encoded(LOW)))
     gate, encode = threading.Event(), ms.encode_picture
-    monkeypatch.setattr(ms, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b"")
+    monkeypatch.setattr(
+        ms, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
+    )
 
     def whole() -> Any:
         return client.application.test_client().get(f"/jobs/{job}/enhanced?full=1")
 
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(whole) for _ in range(6)]
-        refused = [one.result() for one in islice(as_completed(asked, timeout=20), 6 - web_app.WHOLE_TOGETHER)]
-        meanwhile = [client.get(f"/jobs/{job}{path}").status_code for path in ("", "/enhanced", "/low")]
+        refused = [
+            one.result()
+            for one in islice(as_completed(asked, timeout=20), 6 - web_app.WHOLE_TOGETHER)
+        ]
+        meanwhile = [
+            client.get(f"/jobs/{job}{path}").status_code for path in ("", "/enhanced", "/low")
+        ]
         gate.set()
         statuses = sorted(one.result().status_code for one in asked)
     for answer in refused:
@@ -322,7 +383,9 @@ def test_whole_pictures_leave_threads_for_everything_else(
     assert whole().status_code == 200  # every place was given back
 
 
-def test_a_crash_of_a_library_is_an_answer(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_a_library_is_an_answer(
+    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, _, studio = slow
 
     def crash(job: web_app.Job) -> None:
@@ -333,7 +396,7 @@ def test_a_crash_of_a_library_is_an_answer(slow: tuple[Any, Slow, web_app.Studio
     assert info["state"] == "failed" and "cannot be enhanced" in info["message"]
 
 
-# the command line ----------------------------------------------------------------------------------------------------
+# the command line ---------------------------------------------------------------------------------
 
 
 def test_mistakes_on_the_command_line(
@@ -344,8 +407,14 @@ def test_mistakes_on_the_command_line(
         (["--checkpoint", str(tmp_path / "none.pth")], "none.pth"),
         (["--checkpoint", good, "--set", "tempreature=1"], "temperature"),
         *((["--port", port], "--port") for port in ("many", "80.5", "0", "65536", "99999")),
-        *((["--max-megabytes", size], "--max-megabytes") for size in ("nan", "inf", "0", "-1", "1e9", "much")),
-        *((["--max-megapixels", size], "--max-megapixels") for size in ("nan", "inf", "0", "-1", "1e9", "much")),
+        *(
+            (["--max-megabytes", size], "--max-megabytes")
+            for size in ("nan", "inf", "0", "-1", "1e9", "much")
+        ),
+        *(
+            (["--max-megapixels", size], "--max-megapixels")
+            for size in ("nan", "inf", "0", "-1", "1e9", "much")
+        ),
         (["--checkpoint", good, "--set", "flow_channels=16"], "flow_channels"),
     ):
         assert_one_line_error(web_app.main(arguments), capsys.readouterr().err, words)
@@ -357,11 +426,15 @@ def test_mistakes_on_the_command_line(
 def test_a_missing_package_is_one_line(name: str) -> None:
     code = f"import sys; sys.modules[{name!r}] = None; import web_app"
     folder = Path(web_app.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60
+    )
     assert_one_line_error(done.returncode, done.stderr, name, "pip install flask waitress")
 
 
-def test_it_listens_to_this_machine_alone_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_listens_to_this_machine_alone_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "checkpoints" / "old").mkdir(parents=True)
     write_checkpoint(tmp_path / "checkpoints" / "best_model.pth", 1)
     write_checkpoint(tmp_path / "checkpoints" / "old" / "a.pth", 2)
@@ -370,9 +443,13 @@ def test_it_listens_to_this_machine_alone_by_default(tmp_path: Path, monkeypatch
     seen: dict[str, Any] = {}
     assert web_app.main([], serve=lambda app, **options: seen.update(options, app=app)) == 0
     assert seen["host"] == "127.0.0.1" and seen["inbuf_overflow"] >= 40 * 2**20
-    assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30  # what slow readers of small answers can hold
+    # what slow readers of small answers can hold
+    assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30
     page = seen["app"].test_client().get("/").get_data(as_text=True)
-    assert page.index("checkpoints/best_model.pth") < page.index("checkpoints/old/a.pth") and "broken.pth" not in page
+    assert (
+        page.index("checkpoints/best_model.pth") < page.index("checkpoints/old/a.pth")
+        and "broken.pth" not in page
+    )
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,33 +457,42 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        status = web_app.main(["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port])
+        status = web_app.main(
+            ["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port]
+        )
     assert_one_line_error(status, capsys.readouterr().err, "--port", port)
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "two..dots", "192.0.2.1"])  # unknown, malformed, not this machine's
+# unknown, malformed, not this machine's
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "two..dots", "192.0.2.1"])
 def test_a_wrong_host_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
 ) -> None:
     known = socket.getaddrinfo
 
-    def look_up(name: str, *given: Any, **options: Any) -> Any:  # a name server may take long to say no
+    # a name server may take long to say no
+    def look_up(name: str, *given: Any, **options: Any) -> Any:
         if name.endswith(".invalid"):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return known(name, *given, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    status = web_app.main(["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--host", host])
+    status = web_app.main(
+        ["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--host", host]
+    )
     assert_one_line_error(status, capsys.readouterr().err, f"--host {host}")
 
 
-# the real server -----------------------------------------------------------------------------------------------------
+# the real server ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def served(studio: web_app.Studio) -> Iterator[int]:
-    """The port at which waitress serves the page, with as many threads as the command line gives it."""
-    server = web_app.waitress.create_server(web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8)
+    """The port at which waitress serves the page, with as many threads as the command line gives
+    it."""
+    server = web_app.waitress.create_server(
+        web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8
+    )
     threading.Thread(target=server.run, daemon=True).start()
     try:
         yield int(server.effective_port)
@@ -443,10 +529,14 @@ def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None
 
     def one(_: int) -> bytes:
         kind = {"Content-Type": "multipart/form-data; boundary=line"}
-        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/jobs", body, kind), timeout=60) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{port}/jobs", body, kind), timeout=60
+        ) as answer:
             job = json.load(answer)["job"]
         ends = time.monotonic() + 60
-        while time.monotonic() < ends and json.loads(ask(port, f"/jobs/{job}")[1])["state"] != "done":
+        while (
+            time.monotonic() < ends and json.loads(ask(port, f"/jobs/{job}")[1])["state"] != "done"
+        ):
             time.sleep(0.05)
         return ask_patiently(port, f"/jobs/{job}/enhanced?full=1")
 
@@ -455,9 +545,12 @@ def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None
     assert len(found) == 20 and len(set(found)) == 1
 
 
-def test_slow_readers_hold_a_bounded_share(slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_readers_hold_a_bounded_share(
+    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole pictures that are on their way count until they are fetched or the line breaks."""
-    noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)  # more than the system's buffers take
+    # more than the system's buffers take
+    noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)
     studio, path = slow[2], "/jobs/noise/enhanced?full=1"
     result = {"picture": ms.Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
     studio.jobs["noise"] = web_app.Job(b"", "", 0, False, state="done", **result)
@@ -481,14 +574,23 @@ def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     config = RetinexConfig(channels=4)
-    content = {"config": dataclasses.asdict(config), "model": RetinexNet(config).state_dict(), "run_id": "r", "epoch": 1}
+    content = {
+        "config": dataclasses.asdict(config),
+        "model": RetinexNet(config).state_dict(),
+        "run_id": "r",
+        "epoch": 1,
+    }
     ms.save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
     ms.save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
-    studio = web_app.Studio([tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1)
+    studio = web_app.Studio(
+        [tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1
+    )
     client = web_app.make_app(studio, megabytes=2).test_client()
     labels = list(studio.models)
     job, info = wait(client, upload(client, encoded(LOW), model=labels[0]))
-    assert info["state"] == "done" and pixels_of(client.get(f"/jobs/{job}/enhanced?full=1")).shape == (40, 48, 3)
+    assert info["state"] == "done" and pixels_of(
+        client.get(f"/jobs/{job}/enhanced?full=1")
+    ).shape == (40, 48, 3)
     info = wait(client, upload(client, encoded(LOW), model=labels[1]))[1]
     assert info["state"] == "failed" and "Unheard" in info["message"]
     studio.close()

@@ -1,4 +1,5 @@
-"""The page's real server under load and abuse: every answer is meant, nobody gets another's picture, memory is bounded."""
+"""The page's real server under load and abuse: every answer is meant, nobody gets another's
+picture, memory is bounded."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ pytest.importorskip("flask", reason="the optional package flask is not installed
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
 
 MEGABYTES = 300.0  # above what the server takes once it has answered one upload
-MEANT = {200, 202, 400, 403, 404, 405, 409, 413, 414, 431, 501, 503}  # 501: a transfer encoding nobody knows
+# 501: a transfer encoding nobody knows
+MEANT = {200, 202, 400, 403, 404, 405, 409, 413, 414, 431, 501, 503}
 BOUNDARY = "line"
 
 
@@ -43,18 +45,36 @@ class Server:
         torch.manual_seed(1)
         config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
         model = randomise(ms.ConditionalFlow(config), 0.05, 1)
-        content = {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r", "epoch": 1}
+        content = {
+            "config": dataclasses.asdict(config),
+            "model": model.state_dict(),
+            "run_id": "r",
+            "epoch": 1,
+        }
         ms.save_checkpoint(folder / "w.pth", content)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        options = ["--checkpoint", str(folder / "w.pth"), "--port", str(self.port), "--set", "device=cpu"]
+        options = [
+            "--checkpoint",
+            str(folder / "w.pth"),
+            "--port",
+            str(self.port),
+            "--set",
+            "device=cpu",
+        ]
         limits = ["--max-megabytes", "2", "--max-megapixels", "1"]
         command = [sys.executable, str(ROOT / "web_app.py"), *options, *limits]
         self.log = open(folder / "log", "w+b")  # noqa: SIM115 - it lives as long as the server
-        ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs would ignore it
+        # a shell's background jobs would ignore it
+        ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=self.log, stderr=self.log, preexec_fn=ctrl_c
+            command,
+            cwd=folder,
+            env=environment(),
+            stdout=self.log,
+            stderr=self.log,
+            preexec_fn=ctrl_c,
         )
         ends = time.monotonic() + 200
         while self.process.poll() is None and time.monotonic() < ends:
@@ -68,16 +88,25 @@ class Server:
         """The most memory it ever had, in megabytes; 0 where the system does not tell."""
         status = Path(f"/proc/{self.process.pid}/status")
         lines = status.read_text().splitlines() if status.exists() else []
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+        return next(
+            (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0
+        )
 
     def grown(self) -> float:
         return self.peak() - self.base
 
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes]:
         """(status, body) of one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(
+                method,
+                path,
+                body,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -91,7 +120,12 @@ class Server:
         return answer
 
     def upload(self, data: bytes, name: str = "p.png") -> tuple[int, Any]:
-        status, answer = self.ask("POST", "/jobs", form(data, name), Content_Type=f"multipart/form-data; boundary={BOUNDARY}")
+        status, answer = self.ask(
+            "POST",
+            "/jobs",
+            form(data, name),
+            Content_Type=f"multipart/form-data; boundary={BOUNDARY}",
+        )
         return status, json.loads(answer)
 
     def finish(self, answer: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -105,7 +139,8 @@ class Server:
         raise AssertionError("no answer")
 
     def raw(self, *parts: bytes, wait: float = 20) -> int:
-        """The status that bytes sent as they are get; 0 for a hang-up without a word. Raises TimeoutError for neither."""
+        """The status that bytes sent as they are get; 0 for a hang-up without a word. Raises
+        TimeoutError for neither."""
         with socket.create_connection(("127.0.0.1", self.port), wait) as line:
             with may_hang_up():
                 for part in parts:
@@ -114,13 +149,16 @@ class Server:
 
 
 def form(data: bytes, name: str = "p.png") -> bytes:
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="picture"; filename="{name}"\r\n\r\n'
+    head = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="picture"; filename="{name}"\r\n\r\n'
+    )
     return head.encode() + data + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
 @contextmanager
 def may_hang_up() -> Iterator[None]:
-    """The other side may close the connection within; that it neither reads nor answers is still an error."""
+    """The other side may close the connection within; that it neither reads nor answers is still an
+    error."""
     try:
         yield
     except TimeoutError:
@@ -130,7 +168,8 @@ def may_hang_up() -> Iterator[None]:
 
 
 def read_status(line: socket.socket) -> int:
-    """The status of the answer; 0 where the server hangs up without a word. Raises TimeoutError where it does neither."""
+    """The status of the answer; 0 where the server hangs up without a word. Raises TimeoutError
+    where it does neither."""
     received = b""
     with may_hang_up():
         while b"\r\n" not in received and (more := line.recv(4096)):
@@ -149,7 +188,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     said = running.log.read().decode()
     running.log.close()
     assert "Traceback" not in said, said
-    assert {path.name for path in folder.iterdir()} == {"w.pth", "log"}  # no upload ever touched the disk
+    # no upload ever touched the disk
+    assert {path.name for path in folder.iterdir()} == {"w.pth", "log"}
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +201,9 @@ def bounded(server: Server) -> Iterator[None]:
     assert server.grown() < MEGABYTES
 
 
-def test_200_requests_from_20_clients_are_all_answered_with_the_clients_own_picture(server: Server) -> None:
+def test_200_requests_from_20_clients_are_all_answered_with_the_clients_own_picture(
+    server: Server,
+) -> None:
     def client(number: int) -> list[int]:
         pixels = target_picture(number, 32 + number, 60 - number)
         statuses = []
@@ -169,8 +211,15 @@ def test_200_requests_from_20_clients_are_all_answered_with_the_clients_own_pict
             status, answer = server.upload(encoded(pixels, "PNG"), f"{number}.png")
             statuses.append(status)
             name, info = server.finish(answer)
-            assert info["state"] == "done" and (info["width"], info["height"]) == (60 - number, 32 + number)
-            for path, size in (("enhanced?full=1", pixels), ("low", pixels), ("enhanced?exposure=1", pixels)):
+            assert info["state"] == "done" and (info["width"], info["height"]) == (
+                60 - number,
+                32 + number,
+            )
+            for path, size in (
+                ("enhanced?full=1", pixels),
+                ("low", pixels),
+                ("enhanced?exposure=1", pixels),
+            ):
                 status, picture = server.fetch(f"/jobs/{name}/{path}")
                 statuses.append(status)
                 assert np.asarray(Image.open(io.BytesIO(picture))).shape == size.shape
@@ -180,16 +229,26 @@ def test_200_requests_from_20_clients_are_all_answered_with_the_clients_own_pict
     with ThreadPoolExecutor(20) as pool:
         found = list(pool.map(client, range(20)))
     statuses = [status for each in found for status in each]
-    assert {status: statuses.count(status) for status in set(statuses)} == {200: 140, 202: 40, 404: 40}
+    assert {status: statuses.count(status) for status in set(statuses)} == {
+        200: 140,
+        202: 40,
+        404: 40,
+    }
 
 
 def test_slow_uploads_keep_nobody_waiting(server: Server) -> None:
     """More of them than the server has threads; each is answered when it comes to its end."""
     body = form(encoded(target_picture(1), "PNG"))
-    head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+    head = (
+        "POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data;"
+        f" boundary={BOUNDARY}\r\n"
+    )
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with ExitStack() as stack:
-        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)) for _ in range(25)]
+        lines = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+            for _ in range(25)
+        ]
         for line in lines:
             line.sendall(head.encode() + body[:200])
         started = time.monotonic()
@@ -205,13 +264,19 @@ def test_uploads_that_break_off_leave_nothing(server: Server) -> None:
     body = form(bytes(2_000_000))
     for _ in range(60):
         with socket.create_connection(("127.0.0.1", server.port), 60) as line:
-            line.sendall(f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:1_000_000])
+            line.sendall(
+                f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + body[:1_000_000]
+            )
 
 
 @pytest.mark.parametrize("size", [2 * 2**20, 4 * 2**20, 10**10, 10**30])
 def test_a_body_that_is_said_to_be_too_large_is_refused(server: Server, size: int) -> None:
-    """Within the limit of one megabyte more than an upload may have the page itself answers; beyond, nothing is read."""
-    kind = f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\nContent-Length: {size}\r\n\r\n"
+    """Within the limit of one megabyte more than an upload may have the page itself answers;
+    beyond, nothing is read."""
+    kind = (
+        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\nContent-Length: {size}\r\n\r\n"
+    )
     rest = b"x" * size if size < 3 * 2**20 else b"x" * 100_000
     assert server.raw(b"POST /jobs HTTP/1.1\r\nHost: x\r\n" + kind.encode() + rest) == 413
 
@@ -223,25 +288,66 @@ def test_a_body_without_end_is_cut_off(server: Server) -> None:
 
 def test_a_form_of_many_parts_or_fields_is_refused(server: Server) -> None:
     part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="f"\r\n\r\nx\r\n'.encode()
-    wide = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{"f" * 10**6}"\r\n\r\nx\r\n--{BOUNDARY}--\r\n'.encode()
+    wide = (
+        f"--{BOUNDARY}\r\nContent-Disposition: form-data;"
+        f' name="{"f" * 10**6}"\r\n\r\nx\r\n--{BOUNDARY}--\r\n'.encode()
+    )
     unnamed = form(encoded(target_picture(1), "PNG")).replace(b'; filename="p.png"', b"")
-    for body in (part * 20_000 + f"--{BOUNDARY}--\r\n".encode(), wide, unnamed, b"", b"--" * 99, form(b"")[:-9], b"\0" * 9999):
-        for kind in (f"multipart/form-data; boundary={BOUNDARY}", "multipart/form-data", "application/json", "multipart/é", ""):
+    for body in (
+        part * 20_000 + f"--{BOUNDARY}--\r\n".encode(),
+        wide,
+        unnamed,
+        b"",
+        b"--" * 99,
+        form(b"")[:-9],
+        b"\0" * 9999,
+    ):
+        for kind in (
+            f"multipart/form-data; boundary={BOUNDARY}",
+            "multipart/form-data",
+            "application/json",
+            "multipart/é",
+            "",
+        ):
             status, answer = server.ask("POST", "/jobs", body, Content_Type=kind)
             assert status in (400, 413) and json.loads(answer)["error"], (kind, body[:50])
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "POST", "TRACE", "CONNECT", "PROPFIND", "BREW", "get"])
+@pytest.mark.parametrize(
+    "method", ["PUT", "DELETE", "PATCH", "POST", "TRACE", "CONNECT", "PROPFIND", "BREW", "get"]
+)
 def test_wrong_methods_are_refused(server: Server, method: str) -> None:
     for path in ("/", "/jobs", "/jobs/x", "/jobs/x/enhanced", "/samples/rocket"):
         if (method, path) != ("POST", "/jobs"):
-            assert server.raw(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()) in (400, 405, 501)
+            assert server.raw(
+                f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+            ) in (400, 405, 501)
 
 
 TRICKS = [
-    *("/../web_app.py", "/%2e%2e/web_app.py", "/samples/..%2f..%2fREADME.md", "/samples/%2e%2e/%2e%2e/README.md"),
-    *("/static/page.html", "/templates/page.html", "//etc/passwd", "/etc/passwd", "/jobs/../../etc/passwd", "/jobs/%00"),
-    *("/jobs/%ff%fe", "/jobs/x/..%5c..%5cREADME.md", "/jobs/" + "a" * 9000, "http://elsewhere/", "*", "/%", "/\\..\\README.md"),
+    *(
+        "/../web_app.py",
+        "/%2e%2e/web_app.py",
+        "/samples/..%2f..%2fREADME.md",
+        "/samples/%2e%2e/%2e%2e/README.md",
+    ),
+    *(
+        "/static/page.html",
+        "/templates/page.html",
+        "//etc/passwd",
+        "/etc/passwd",
+        "/jobs/../../etc/passwd",
+        "/jobs/%00",
+    ),
+    *(
+        "/jobs/%ff%fe",
+        "/jobs/x/..%5c..%5cREADME.md",
+        "/jobs/" + "a" * 9000,
+        "http://elsewhere/",
+        "*",
+        "/%",
+        "/\\..\\README.md",
+    ),
     *(
         "/samples/rocket/",
         "/samples/ROCKET",
@@ -267,12 +373,24 @@ def test_tricky_paths_lead_nowhere(server: Server, path: str) -> None:
 
 
 GARBAGE = [
-    *(b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"\0" * 5000),
+    *(
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+        b"\0" * 5000,
+    ),
     b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 50_000 + b"\r\n",
     b"GET / HTTP/1.1\r\nHost: x\r\nCookie: " + b"c" * 300_000 + b"\r\n\r\n",
     b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    *(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n" for host in (b"", b"\xff", b"a b", b"[::", b"x:99999999", b"../..")),
-    *(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: " + n + b"\r\n\r\n" for n in (b"-1", b"x", b"1e3", b"0x10")),
+    *(
+        b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"
+        for host in (b"", b"\xff", b"a b", b"[::", b"x:99999999", b"../..")
+    ),
+    *(
+        b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: " + n + b"\r\n\r\n"
+        for n in (b"-1", b"x", b"1e3", b"0x10")
+    ),
     b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
     b"POST /jobs HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\nabcd",
     b"POST /jobs HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nabcd\r\n0\r\n\r\n",

@@ -3,9 +3,10 @@
     pip install atheris
     python tests/fuzz/fuzz_loaders.py --target pictures --minutes 10
 
-Every exception but UserError is a finding, and so is an answer that breaks a promise: its input is written to --findings
-with the traceback, once for each place in the code, and the search goes on. A library's crash, 20 s for one input and 2 GB
-of memory end it, with the input in the same folder. The exit status is 1 when something was found.
+Every exception but UserError is a finding, and so is an answer that breaks a promise: its input is
+written to --findings with the traceback, once for each place in the code, and the search goes on. A
+library's crash, 20 s for one input and 2 GB of memory end it, with the input in the same folder.
+The exit status is 1 when something was found.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def pictures(data: bytes, path: Path) -> None:
     height, width = picture.pixels.shape[:2]
     assert picture.pixels.shape == (height, width, 3) and min(height, width) >= 16
     assert picture.pixels.dtype in ("uint8", "uint16")
-    assert picture.alpha is None or (picture.alpha.shape, picture.alpha.dtype) == ((height, width), picture.pixels.dtype)
+    assert picture.alpha is None or (picture.alpha.shape, picture.alpha.dtype) == (
+        (height, width),
+        picture.pixels.dtype,
+    )
     assert ms.read_image(path).shape == picture.pixels.shape
     if height * width < 10_000:
         suffix = ms.SUFFIXES[len(data) % len(ms.SUFFIXES)]
@@ -84,24 +88,36 @@ def config(data: bytes, path: Path) -> None:
         except ms.UserError as error:
             assert len(str(error)) < 2000 + len(line)
         else:
-            assert ms.apply_settings(ms.Config(), json.loads(json.dumps(dataclasses.asdict(settings))), "again") == settings
+            assert (
+                ms.apply_settings(
+                    ms.Config(), json.loads(json.dumps(dataclasses.asdict(settings))), "again"
+                )
+                == settings
+            )
 
 
 def checkpoint_of(pickle: bytes = b"") -> bytes:
     """A small good checkpoint; with another pickle, where one is given."""
     torch.manual_seed(0)
     made = ms.Config(**SMALL)
-    content = {"format_version": ms.FORMAT_VERSION, "config": dataclasses.asdict(made), "run_id": "r"}
+    content = {
+        "format_version": ms.FORMAT_VERSION,
+        "config": dataclasses.asdict(made),
+        "run_id": "r",
+    }
     good, stream = io.BytesIO(), io.BytesIO()
     torch.save(content | {"model": ms.ConditionalFlow(made).state_dict()}, good)
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(stream, "w") as new:
         for entry in old.infolist():
-            new.writestr(entry.filename, (entry.filename.endswith("data.pkl") and pickle) or old.read(entry))
+            new.writestr(
+                entry.filename, (entry.filename.endswith("data.pkl") and pickle) or old.read(entry)
+            )
     return stream.getvalue()
 
 
 def checkpoint(data: bytes, path: Path) -> None:
-    """After one byte: a whole file where that is even, else the pickle of one that is good otherwise."""
+    """After one byte: a whole file where that is even, else the pickle of one that is good
+    otherwise."""
     path.write_bytes(checkpoint_of(data[1:]) if data[:1] and data[0] % 2 else data[1:])
     ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
 
@@ -113,25 +129,39 @@ def seeds(target: str, folder: Path) -> None:
         found = [one.data for one in odd.values() if 0 < len(one.data) < 10_000]
     elif target == "config":
         values: dict[str, Any] = dataclasses.asdict(ms.Config())
-        found = [json.dumps(values).encode(), *(f"{name}={json.dumps(value)}".encode() for name, value in values.items())]
+        found = [
+            json.dumps(values).encode(),
+            *(f"{name}={json.dumps(value)}".encode() for name, value in values.items()),
+        ]
         found += [json.dumps({name: value}).encode() for name, value in values.items()]
     else:
         with zipfile.ZipFile(io.BytesIO(checkpoint_of())) as archive:
-            pickle = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+            pickle = next(
+                archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")
+            )
         found = [b"\0" + checkpoint_of(), b"\1" + pickle, b"\1\x80\x02}."]
     (folder / "seeds").mkdir()
     for number, data in enumerate(found):
         (folder / "seeds" / str(number)).write_bytes(data)
 
 
-TARGETS: dict[str, Callable[[bytes, Path], None]] = {"pictures": pictures, "config": config, "checkpoint": checkpoint}
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {
+    "pictures": pictures,
+    "config": config,
+    "checkpoint": checkpoint,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--findings", type=Path, default=Path("fuzz_findings"), help="where inputs that broke something go")
+    parser.add_argument(
+        "--findings",
+        type=Path,
+        default=Path("fuzz_findings"),
+        help="where inputs that broke something go",
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     arguments.findings.mkdir(parents=True, exist_ok=True)
@@ -140,7 +170,8 @@ def main() -> None:
 
     def one(data: bytes) -> None:
         nonlocal runs
-        if time.monotonic() > ends:  # libFuzzer itself would end the process without a word of what was found
+        # libFuzzer itself would end the process without a word of what was found
+        if time.monotonic() > ends:
             print(f"{arguments.target}: {runs} inputs, {len(found)} findings", flush=True)
             shutil.rmtree(folder)
             os._exit(1 if found else 0)
@@ -153,12 +184,26 @@ def main() -> None:
             place = traceback.extract_tb(error.__traceback__)[-1]
             if (type(error), place.filename, place.lineno) not in found:
                 found.add((type(error), place.filename, place.lineno))
-                name = arguments.findings / f"{arguments.target}_{hashlib.sha256(data).hexdigest()[:12]}"
+                name = (
+                    arguments.findings
+                    / f"{arguments.target}_{hashlib.sha256(data).hexdigest()[:12]}"
+                )
                 name.write_bytes(data)
-                name.with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
-                print(f"found: {type(error).__name__} at {place.filename}:{place.lineno}, see {name}", flush=True)
+                name.with_suffix(".txt").write_text(
+                    traceback.format_exc(), encoding="utf-8", errors="backslashreplace"
+                )
+                print(
+                    f"found: {type(error).__name__} at {place.filename}:{place.lineno}, see {name}",
+                    flush=True,
+                )
 
-    limits = ["-verbosity=0", "-max_len=65536", "-timeout=20", "-rss_limit_mb=2048", f"-artifact_prefix={arguments.findings}/"]
+    limits = [
+        "-verbosity=0",
+        "-max_len=65536",
+        "-timeout=20",
+        "-rss_limit_mb=2048",
+        f"-artifact_prefix={arguments.findings}/",
+    ]
     atheris.Setup([sys.argv[0], str(folder / "seeds"), *limits], one)
     atheris.Fuzz()
 
