@@ -25,41 +25,103 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import ctypes
 import dataclasses
 import difflib
-import gc
 import glob
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
 import os
-import pickletools
 import random
 import re
-import shutil
 import struct
 import sys
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import (
-    AbstractContextManager,
     contextmanager,
     nullcontext,
-    redirect_stdout,
     suppress,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
+
+import numpy as np
+import skimage
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from support.checkpoints import (
+    RUN_FILE,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    set_aside,
+    written_by,
+)
+from support.decoding import SUFFIXES, VIDEO_SUFFIXES, Picture, read_image, read_picture
+from support.files import (
+    atomic_path,
+    make_folder,
+    results_folder,
+    write_bytes,
+    write_csv,
+    write_json,
+)
+from support.folders import enhance_folder, find_inputs, natural_key, pictures_by_stem
+from support.metrics import image_metrics, load_lpips, match_mean, psnr_of, ssim_of, summarise
+from support.pictures import (
+    encode_picture,
+    encode_png16,
+    heat_map,
+    level_table,
+    stops_to_mean,
+    to_tensor,
+    to_uint8,
+    to_uint16,
+    write_image,
+)
+from support.processes import (
+    atomic_folder,
+    divide,
+    from_all,
+    from_first,
+    ignore_interrupts,
+    my_share,
+    polite_signals,
+    process_group,
+    processes,
+    progress_style,
+    rank,
+    sigterm_as_ctrl_c,
+    sum_over_processes,
+)
+from support.runtime import Runtime, choose_runtime, compiled
+from support.settings import (
+    OneLineParser,
+    RunError,
+    UserError,
+    allowed,
+    complain,
+    is_text,
+    knob,
+    parse_eval_size,
+    read_config_file,
+    shown,
+)
+from support.simulated import DEMO_TEST, DEMO_TRAIN, demo_crops, simulate_infrared
+from support.tiles import latent_noise, plan_tiles
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: one flat dataclass. Each knob states its meaning and range once; --help, errors and
@@ -69,7 +131,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 RELEASE = Path(__file__).resolve().parent / "checkpoints" / "best_model.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
-LONGEST_CONFIG = 1_000_000  # characters
 FOLDER_KEYS = (
     "train_low_dir",
     "train_high_dir",
@@ -78,35 +139,6 @@ FOLDER_KEYS = (
     "eval_low_dir",
     "eval_high_dir",
 )
-
-
-class UserError(Exception):
-    """A mistake the user can mend. Its text is the one line that the command line prints."""
-
-    status = 2
-
-
-class RunError(UserError):
-    """A run that failed although its input was fine (a loss that diverged, say)."""
-
-    status = 1
-
-
-def knob(
-    default: Any,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: Sequence[str] | None = None,
-    architecture: bool = False,
-) -> Any:
-    """A config field with its documentation, its allowed range and whether it shapes the network's
-    weights."""
-    metadata = dict(meaning=meaning, low=low, high=high, choices=choices, architecture=architecture)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -338,34 +370,6 @@ LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGR
 TILE_KEYS = ("tile_size", "memory_megabytes")
 
 
-def allowed(key: dataclasses.Field) -> str:
-    """The values a key may take, in words."""
-    low, high, choices = key.metadata["low"], key.metadata["high"], key.metadata["choices"]
-    if choices:
-        return "one of " + ", ".join(choices)
-    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
-    words |= {"list[int]": "a list of integers", "list[float]": "a list of numbers"}
-    return words[str(key.type)] + (f" in [{low:g}, {high:g}]" if low is not None else "")
-
-
-def shown(value: Any) -> str:
-    """A value as JSON in at most 80 characters; what is nested or of a foreign type, and may have
-    no end, by its type."""
-    items = value if isinstance(value, list) else [value]
-    plain = len(items) < 10 and all(
-        item is None or isinstance(item, (str, int, float)) for item in items
-    )
-    text = json.dumps(value) if plain else f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def is_text(value: Any) -> bool:
-    """Whether `value` is a text that could name a file: no null byte, no half of a character."""
-    with suppress(UnicodeEncodeError):
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
-    return False
-
-
 def coerce(key: dataclasses.Field, value: Any, source: str) -> Any:
     """`value` as the type of `key`, or UserError naming the key and what is allowed."""
     problem = UserError(f"{source}: {key.name} must be {allowed(key)}, got {shown(value)}")
@@ -460,56 +464,6 @@ def check_together(config: Config, source: str) -> None:
     parse_eval_size(config.eval_size, source)
 
 
-def is_side(text: str) -> bool:
-    """Whether `text` is a picture side in [16, 8192]."""
-    return text.isdecimal() and len(text) <= 4 and 16 <= int(text) <= 8192
-
-
-def parse_eval_size(text: str, source: str = "eval_size") -> tuple[int, int] | None:
-    """(height, width) of an eval_size such as '128,128'; None for native and auto."""
-    if text in ("auto", "native"):
-        return None
-    parts = text.strip("[]").split(",")
-    if len(parts) == 2 and all(is_side(part.strip()) for part in parts):
-        return int(parts[0]), int(parts[1])
-    raise UserError(
-        f"{source}: eval_size must be auto, native or height,width in [16, 8192], got {text!r}"
-    )
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The settings of a JSON config file, unchecked. Raises UserError for an unreadable file or one
-    that is no object."""
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = set()
-        for name, _ in pairs:
-            if name in names:
-                raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
-            names.add(name)
-        return dict(pairs)
-
-    try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read(LONGEST_CONFIG + 1)
-        if len(text) > LONGEST_CONFIG:
-            raise UserError(
-                f"{path}: longer than a config can be; name a JSON file with the keys of --help"
-            )
-        settings = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the config ({error.strerror}); name an existing JSON file"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; a config is JSON") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f'{path}: a config is one JSON object such as {{"batch_size": 1}}')
-    return settings
-
-
 def parse_assignment(text: str, config_class: type[Config]) -> tuple[str, Any]:
     """('batch_size', 4) from 'batch_size=4', read by the type of the field."""
     name, equals, value = text.partition("=")
@@ -567,21 +521,6 @@ def describe_keys(config_class: type[Config]) -> str:
             f"of the shared keys these change nothing here: {', '.join(config_class.unused)}"
         )
     return "\n".join(lines)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors: one line, exit status 2."""
-
-    def parse_args(self, *arguments: Any, **options: Any) -> Any:
-        found = super().parse_args(*arguments, **options)
-        # argparse makes an empty list of the value -- in --set=--
-        for name, value in vars(found).items():
-            if value == [] != self.get_default(name) or (isinstance(value, list) and [] in value):
-                self.error(f"--{name.replace('_', '-')} has no value")
-        return found
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help")
 
 
 def parse_command_line(
@@ -665,462 +604,9 @@ def parse_command_line(
     return arguments
 
 
-def complain(error: UserError) -> int:
-    """Print the one line of a mistake; returns the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.status
-
-
-# a typing error is answered before torch is loaded, which takes two seconds
-if __name__ == "__main__":
-    try:
-        parse_command_line()
-    except UserError as mistake:
-        sys.exit(complain(mistake))
-
-import numpy as np  # noqa: E402
-import skimage  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.nn  # noqa: E402  (imported later, inside a process group, its functions would keep the group)
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, TiffImagePlugin, UnidentifiedImageError  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
 # --------------------------------------------------------------------------------------------------
 # Files: pictures in, everything out through one atomic helper
 # --------------------------------------------------------------------------------------------------
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-# a file's name need not be text: its bytes are written and read back as they are
-ANY_NAME = "surrogateescape"
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".webm", ".avi")
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when
-    it does not."""
-    path = Path(path)
-    # a long name may be as long as names can be
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); check the folder and the free space"
-        ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Create `folder` where it is missing. Raises UserError when that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot create the folder ({error.strerror}); choose another"
-        ) from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`content` as indented JSON."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line a row under the keys of all."""
-    with (
-        atomic_path(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors=ANY_NAME) as stream,
-    ):
-        writer = csv.DictWriter(
-            stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row))
-        )
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """`content` as a file."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
-    """A PIL picture or a (3, H, W) tensor in [0, 1], rounded to the nearest of 256 levels; the
-    suffix sets the format."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(to_uint8(image))
-    with atomic_path(path) as temporary:
-        lossy: dict[str, Any] = (
-            {"quality": 95} if temporary.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-        )
-        picture.save(temporary, **lossy)
-
-
-def to_uint8(image: Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 of a (3, H, W) tensor in [0, 1], rounded to nearest."""
-    return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def to_uint16(image: Tensor) -> np.ndarray:
-    """(H, W, 3) uint16 of a (3, H, W) tensor in [0, 1], rounded to nearest."""
-    return (
-        (image.detach().float().clamp(0, 1) * 65535)
-        .round()
-        .permute(1, 2, 0)
-        .cpu()
-        .numpy()
-        .astype(np.uint16)
-    )
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(3, H, W) float in [0, 1] of an (H, W, 3) uint8 or uint16 array."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / float(
-        np.iinfo(pixels.dtype).max
-    )
-
-
-Source = str | Path | io.BytesIO  # a file, or one in memory, which has no name
-
-
-# what is read, by content and not by name; every further decoder is one more that a hostile file
-# may try
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-# pixels above which a file must hold a byte for every so many decoded ones
-LARGE, DENSEST = 2**23, 600
-MOST_SCANS = 200
-# one line is said of a broken file, and that is ours
-logging.getLogger("PIL").addHandler(logging.NullHandler())
-# libtiff writes its complaints to standard error past Python
-with suppress(OSError, AttributeError):
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-def bytes_of(source: Source) -> AbstractContextManager[Any]:
-    """The file, open; by its name alone Pillow would map some TIFFs into memory, and scramble those
-    that lie on their side."""
-    return nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb")
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[Image.Image]:
-    """The picture, open for decoding inside the block.
-
-    Raises UserError naming the file when it is missing, empty, truncated, no picture of FORMATS, or
-    a decompression bomb.
-    """
-    path = "the picture" if isinstance(source, io.BytesIO) else source
-    try:
-        size = (
-            len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)
-        )
-        if size == 0:
-            raise UserError(f"{path}: the file is empty; replace it or remove it")
-        with warnings.catch_warnings():
-            # of what is odd in the file: the picture or one line is the answer
-            warnings.simplefilter("ignore")
-            with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as picture:
-                refuse_bomb(picture, source, size, path)
-                bits = np.atleast_1d(tiff_tags(picture).get(258, 8))
-                if picture.mode == "F" or 32 in bits:
-                    raise UserError(
-                        f"{path}: 32-bit and floating-point pictures have no agreed white; convert"
-                        " it to 16 bits"
-                    )
-                if 16 in bits and tiff_tags(picture).get(284) == 2:
-                    raise UserError(
-                        f"{path}: its 16-bit channels lie apart (planar); save it with them"
-                        " interleaved"
-                    )
-                yield picture
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from None
-    except UnidentifiedImageError:
-        kinds = "PNG, JPEG, BMP, TIFF or WebP"
-        raise UserError(
-            f"{path}: not a readable picture ({kinds}); convert it, replace it or remove it"
-        ) from None
-    except OSError as error:  # covers FileNotFoundError and truncated data
-        reason = error.strerror or ("truncated" if "truncated" in str(error) else "damaged")
-        raise UserError(
-            f"{path}: cannot read the picture ({reason}); replace it or remove it"
-        ) from None
-    # decoders raise every kind for hostile files; each is the same to the user
-    except Exception as error:
-        raise UserError(
-            f"{path}: broken picture ({type(error).__name__}); replace it or remove it"
-        ) from None
-
-
-def tiff_tags(picture: Image.Image) -> Any:
-    """A TIFF file's table of numbered tags; empty for any other format."""
-    return picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
-
-
-def refuse_bomb(picture: Image.Image, source: Source, size: int, path: str | Path) -> None:
-    """Raises UserError where `size` bytes claim more pixels, or more passes over them, than a
-    photograph's ever do."""
-    area = picture.width * picture.height
-    tags = tiff_tags(picture)
-    area = max(area, tags.get(322, 0) * tags.get(323, 0))  # a tile may be larger than its picture
-    deep = any(";16" in rawmode for _, rawmode in raw_tiles(picture))
-    if area > LARGE and area * len(picture.getbands()) * (1 + deep) > DENSEST * size:
-        raise UserError(
-            f"{path}: declares {area / 1e6:.0f} megapixels in {size} bytes; no photograph does, so"
-            " replace it"
-        )
-    if picture.info.get("progressive"):
-        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
-        if data.count(b"\xff\xda") > MOST_SCANS:
-            raise UserError(
-                f"{path}: goes over its pixels more than {MOST_SCANS} times; save it anew or"
-                " remove it"
-            )
-
-
-def raw_tiles(picture: Image.Image) -> list[tuple[Any, str]]:
-    """Each part of a picture that is still to be decoded, with the layout of its bytes, such as
-    RGB;16B."""
-    tiles = getattr(picture, "tile", ())
-    return [
-        (tile, str(tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]))
-        for tile in tiles
-    ]
-
-
-def grey_levels(picture: Image.Image) -> np.ndarray:
-    """(H, W) uint16 of a grey picture of 16 bits; Pillow's own conversion would clip it to
-    white."""
-    levels = np.clip(np.asarray(picture).astype(np.int32), 0, 65535).astype(np.uint16)
-    return 65535 - levels if tiff_tags(picture).get(262) == 0 else levels
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB, EXIF orientation applied.
-
-    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit grey is rounded to the
-    nearest of 256 levels; 16-bit colour loses its lower byte, as Pillow reads it. Raises UserError
-    naming the file, see `opened`.
-    """
-    with opened(path) as picture:
-        picture.load()
-        orientation = exif_of(picture)[0]
-        if picture.mode.startswith("I"):
-            picture = Image.fromarray(np.rint(grey_levels(picture) / 257).astype(np.uint8))
-        return np.ascontiguousarray(turned(np.array(picture.convert("RGB")), orientation))
-
-
-class Picture(NamedTuple):
-    """A picture to enhance, with what its file holds beside the colours and the enhanced one keeps.
-
-    pixels: (H, W, 3) uint8 or uint16 RGB, upright; alpha: (H, W) of the same type, or None; exif,
-    icc: raw bytes, empty where there are none; note: what was converted, for the user to know.
-    """
-
-    pixels: np.ndarray
-    alpha: np.ndarray | None = None
-    exif: bytes = b""
-    icc: bytes = b""
-    note: str = ""
-
-
-ORIENTATION = 0x0112  # the EXIF tag
-# what a TIFF file lists as EXIF but says of its own pixels: size, depth, compression, strips,
-# tiles, channels, profile
-LAYOUT_TAGS = {
-    *range(254, 267),
-    273,
-    ORIENTATION,
-    *range(277, 280),
-    284,
-    317,
-    *range(320, 326),
-    338,
-    339,
-    347,
-    700,
-    34675,
-}
-# what makes a picture of that orientation upright
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: np.swapaxes(pixels, 0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.swapaxes(np.rot90(pixels, 2), 0, 1),
-    8: np.rot90,
-}
-
-
-# Pillow keeps the upper byte of 16-bit colour; told that the bytes lie the other way round, it
-# keeps the lower
-OTHER_BYTE = {f"{m};16{a}": f"{m};16{b}" for m in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
-OTHER_BYTE |= {
-    f"{m};16N": f"{m};16{'B' if sys.byteorder == 'little' else 'L'}"
-    for m in ("RGB", "RGBA", "RGBX")
-}
-OTHER_BYTE |= {"LA;16B": "RGBA"}  # all four bytes
-
-
-def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
-    """The pixels upright, by an EXIF orientation."""
-    return (
-        TURNS[orientation](pixels)
-        if isinstance(orientation, int) and orientation in TURNS
-        else pixels
-    )
-
-
-def exif_of(picture: Image.Image) -> tuple[Any, bytes]:
-    """(orientation, EXIF less what was true of the old file alone) of a decoded picture.
-
-    A damaged table counts as none, and leaves the pixels as good as they are.
-    """
-    orientation, kept = 1, b""
-    with suppress(Exception):
-        exif = picture.getexif()
-        orientation = exif.get(ORIENTATION, 1)
-        for tag in LAYOUT_TAGS & set(exif):
-            del exif[tag]
-        exif.bigtiff = False  # no other format has EXIF with 64-bit places
-        kept = exif.tobytes() if len(exif) else b""
-    return orientation, kept
-
-
-def read_deep(source: Source, picture: Image.Image) -> np.ndarray | None:
-    """(H, W, C) uint16 of a 16-bit picture, C = 1 to 4; None for any other. To be called before
-    `picture` is decoded."""
-    if picture.mode.startswith("I"):
-        return grey_levels(picture)[..., None]
-    tiles = raw_tiles(picture)
-    if not tiles or any(rawmode not in OTHER_BYTE for _, rawmode in tiles):
-        return None
-    pixels = np.asarray(picture).astype(np.uint16)
-    with bytes_of(source) as stream, Image.open(stream, formats=FORMATS) as again:
-        others = [OTHER_BYTE[rawmode] for _, rawmode in tiles]
-        again.tile = [
-            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
-            for (tile, _), other in zip(tiles, others, strict=True)
-        ]
-        lower = np.asarray(again)
-    if others[0] == "RGBA":
-        return lower[..., ::2].astype(np.uint16) << 8 | lower[..., 1::2]
-    pixels <<= 8
-    pixels |= lower
-    return pixels
-
-
-def read_picture(source: Source) -> Picture:
-    """The picture at full depth, upright, with alpha, EXIF (its orientation reset) and colour
-    profile.
-
-    Grey is repeated over the channels, palettes are looked up, CMYK is converted. Raises UserError
-    naming the file for what `opened` refuses, for animations and for sides below 16 pixels.
-    """
-    path = "the picture" if isinstance(source, io.BytesIO) else source
-    with opened(source) as picture:
-        # a phone's JPEG with a preview is none
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":
-            raise UserError(f"{path}: holds several frames; save them as single pictures")
-        if min(picture.size) < 16:
-            raise UserError(
-                f"{path}: {picture.width}x{picture.height} is too small; the least side is 16"
-            )
-        pixels = read_deep(source, picture)
-        grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
-        foreign = picture.mode in ("CMYK", "YCCK", "LAB", "HSV")
-        note = (
-            "grey: its colours are a guess"
-            if grey
-            else f"converted from {picture.mode}"
-            if foreign
-            else ""
-        )
-        if pixels is None:
-            picture.load()  # a PNG may say that it is transparent after its pixels
-            mode = "RGBA" if picture.has_transparency_data else "RGB"
-            pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
-        elif pixels.shape[-1] < 3:
-            pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
-        orientation, exif = exif_of(picture)
-        pixels = turned(pixels, orientation)
-        return Picture(
-            np.ascontiguousarray(pixels[..., :3]),
-            np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None,
-            exif,
-            # a profile of other channels would lie
-            b"" if grey or foreign else picture.info.get("icc_profile") or b"",
-            note,
-        )
-
-
-def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:
-    """A file of (H, W, 3) uint8 or uint16 pixels, with the alpha, EXIF and profile of `like` as far
-    as the format holds them.
-
-    uint16 needs the suffix .png, .tif or .tiff, and in TIFF it goes without the EXIF. `quality` is
-    that of JPEG and WebP.
-    """
-    if like.alpha is not None and suffix not in (".jpg", ".jpeg", ".bmp"):
-        scale = np.iinfo(pixels.dtype).max / np.iinfo(like.alpha.dtype).max
-        pixels = np.dstack([pixels, np.rint(like.alpha * scale).astype(pixels.dtype)])
-    if pixels.dtype == np.uint16 and suffix == ".png":
-        return encode_png16(pixels, like)
-    encoded = io.BytesIO()
-    if pixels.dtype == np.uint16:
-        import tifffile
-
-        deep: dict[str, Any] = dict(
-            photometric="rgb", compression="zlib", predictor=True, iccprofile=like.icc or None
-        )
-        tifffile.imwrite(
-            encoded, pixels, extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None, **deep
-        )
-    else:
-        extras: dict[str, Any] = {"exif": like.exif} if like.exif else {}
-        extras |= {"icc_profile": like.icc} if like.icc else {}
-        extras |= {"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}
-        # a quarter of the default's time for 5 % more bytes
-        extras |= {"compress_level": 3} if suffix == ".png" else {}
-        Image.fromarray(pixels).save(encoded, Image.registered_extensions()[suffix], **extras)
-    return encoded.getvalue()
-
-
-def encode_png16(pixels: np.ndarray, like: Picture) -> bytes:
-    """A 16-bit PNG of (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint16; no library of the seven
-    writes colour so deep."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    height, width = pixels.shape[:2]
-    colour_type = {2: 0, 3: {3: 2, 4: 6}.get(pixels.shape[-1])}[pixels.ndim]
-    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
-    step = 2 * pixels[0, 0].size
-    # the filter "sub"
-    rows = np.hstack(
-        [np.ones((height, 1), np.uint8), rows[:, :step], rows[:, step:] - rows[:, :-step]]
-    )
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
-    parts += [chunk(b"iCCP", b"icc\0\0" + zlib.compress(like.icc))] if like.icc else []
-    parts += [chunk(b"eXIf", like.exif.removeprefix(b"Exif\0\0"))] if like.exif else []
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        [*parts, chunk(b"IDAT", zlib.compress(rows.tobytes(), 4)), chunk(b"IEND", b"")]
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1134,36 +620,6 @@ class Pair(NamedTuple):
     name: str
     low: Path
     high: Path
-
-
-def natural_key(name: str) -> list[Any]:
-    """Sort key that puts 9 before 10."""
-    digits = "".join(c if c.isdecimal() else " " for c in name).split()
-    return [[int(d) for d in digits], name]
-
-
-def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
-    """Stem -> file of every picture in `folder`. Raises UserError for a missing folder or a stem
-    that two files share."""
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER"
-        )
-    found: dict[str, Path] = {}
-    try:
-        listed = sorted(Path(folder).iterdir())
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions"
-        ) from None
-    for path in listed:
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
-            if path.stem in found:
-                raise UserError(
-                    f"{path}: has the same stem as {found[path.stem].name}; keep one of the two"
-                )
-            found[path.stem] = path
-    return found
 
 
 def find_pairs(
@@ -2099,255 +1555,9 @@ def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, 
 # --------------------------------------------------------------------------------------------------
 
 
-def processes() -> int:
-    """How many processes do this job together; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's place among them, from 0; the first one prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def my_share(items: Sequence[Any]) -> Sequence[Any]:
-    """Every n-th item, from this process's rank on."""
-    return items[rank() :: processes()]
-
-
-def from_first(value: Any) -> Any:
-    """The first process's `value`, in every process."""
-    box = [value]
-    if processes() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def from_all(value: Any) -> list[Any]:
-    """Every process's `value`, by rank, in every process; none goes on before all have come
-    here."""
-    values = [value] * processes()
-    if processes() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of every process's `values`, in place."""
-    if processes() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-@contextmanager
-def process_group(mode: str, device: str) -> Iterator[None]:
-    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first
-    fall silent."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    if mode not in ("train", "evaluate", "enhance") and os.environ["WORLD_SIZE"] != "1":
-        raise UserError(f"--mode {mode} is the work of one process; start it without torchrun")
-    here, place = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda:
-        if here > torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start"
-                " one process each"
-            )
-        torch.cuda.set_device(place)
-    # torchrun's default, which leaves cores idle
-    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        torch.set_num_threads(max(1, cores // here))
-    where: dict[str, Any] = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if (
-            os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):
-            raise UserError(
-                "--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on"
-                " each; set it there"
-            )
-        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch
-        # issue 135712)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
-        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        where = dict(
-            store=dist.PrefixStore(attempt, store),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    dist.init_process_group("nccl" if cuda else "gloo", **where)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
-            yield
-            from_all(True)  # leave together: who leaves a group that is still at work may crash
-    finally:
-        # The group's threads must end before the interpreter does: one that then asks for the GIL
-        # aborts the process.
-        gc.collect()  # DistributedDataParallel holds the group and lies in a cycle
-        dist.destroy_process_group()
-
-
-def progress_style() -> dict[str, Any]:
-    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all
-    but the first process."""
-    terminal = sys.stderr.isatty()
-    interval = 0.2 if terminal else 30.0
-    return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
-
-
 # --------------------------------------------------------------------------------------------------
 # Runtime and checkpoints
 # --------------------------------------------------------------------------------------------------
-
-FORMAT_VERSION = 1
-RUN_FILE = ".run_id"  # in checkpoint_dir: the run that trains there
-
-
-class Runtime(NamedTuple):
-    """Where and how precisely to compute; decided once. `dtype` is that of autocast, float32 for
-    none."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def place(self, model: System) -> System:
-        """The model on the device, channels last: 1.2x (batch 8) to 9x (batch 1) faster 3x3
-        convolutions on CPU."""
-        return model.to(self.device).to(memory_format=torch.channels_last)
-
-    def batch(self, sample: Sample) -> Sample:
-        return Sample(*(part.to(self.device, non_blocking=True) for part in sample))
-
-    def __str__(self) -> str:
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
-        return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
-
-
-def choose_runtime(config: Config) -> Runtime:
-    """The device and precision that the config asks for. Raises UserError for a device that is not
-    there."""
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    name = (
-        next(n for n in ("cuda", "mps", "cpu") if there[n])
-        if config.device == "auto"
-        else config.device
-    )
-    if not there[name]:
-        raise UserError(f"device: {name} is not available here; use --set device=auto")
-    dtype = torch.float32
-    if config.use_amp and name == "cuda":
-        dtype = (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if config.use_amp and name == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16  # emulated bf16, on processors without it, is slower than fp32
-    return Runtime(torch.device(name), dtype)
-
-
-# all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some
-# fill the memory from 50 bytes
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {kind}Storage"
-    for kind in (
-        "Float",
-        "Double",
-        "Half",
-        "BFloat16",
-        "Long",
-        "Int",
-        "Short",
-        "Char",
-        "Byte",
-        "Bool",
-    )
-}
-LONGEST_PICKLE = 2**24
-
-
-def refuse_hostile(path: str) -> None:
-    """Raises UserError, before PyTorch reads a checkpoint, where it is packed, grows when it is
-    read or names a function."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise UserError(f"{path}: not a checkpoint of this script (its content is compressed)")
-        for entry in entries:
-            if entry.filename.endswith("data.pkl"):
-                if entry.file_size > LONGEST_PICKLE:
-                    raise UserError(
-                        f"{path}: not a checkpoint of this script (its table is too long)"
-                    )
-                codes = pickletools.genops(archive.read(entry))
-                foreign = {str(name) for code, name, _ in codes if code.name == "GLOBAL"} - PICKLED
-                if foreign:
-                    name = shown(min(foreign))
-                    raise UserError(
-                        f"{path}: not a checkpoint of this script (it names {name}, which was not"
-                        " run)"
-                    )
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises
-    UserError."""
-    try:
-        refuse_hostile(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a foreign file may warn on its way to being refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})"
-        ) from None
-    # torch.load raises many kinds for hostile or damaged files; each is the same to the user
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a checkpoint of this script, or a damaged one ({type(error).__name__})"
-        ) from None
-    if type(content) is not dict or not {"format_version", "config", "model"} <= content.keys():
-        raise UserError(
-            f"{path}: not a checkpoint of this script (format_version, config or model is missing)"
-        )
-    config, version = content["config"], content["format_version"]
-    if type(config) is not dict or not all(isinstance(key, str) for key in config):
-        raise UserError(
-            f"{path}: not a checkpoint of this script (its config is no table of settings)"
-        )
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {shown(version)}, this script reads version {FORMAT_VERSION}"
-        )
-    if not all(isinstance(content.get(key, ""), str) for key in ("system", "run_id")):
-        raise UserError(
-            f"{path}: not a checkpoint of this script (its system and run_id are no texts)"
-        )
-    return content
 
 
 def checkpoint_config(
@@ -2443,155 +1653,9 @@ def load_weights(model: System, checkpoint: dict[str, Any], path: str) -> None:
         )
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Tensors and plain data under a format version, atomically."""
-    with atomic_path(path) as temporary:
-        try:
-            with open(temporary, "wb") as stream:
-                torch.save({"format_version": FORMAT_VERSION, **content}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())  # a power cut must not leave the name without the content
-        except RuntimeError as error:  # torch reports a full disk so
-            raise UserError(
-                f"{path}: cannot write ({error}); check the folder and the free space"
-            ) from None
-
-
-def written_by(path: Path, run_id: str) -> bool:
-    """Whether the run `run_id` wrote the checkpoint `path`; an unreadable one counts as
-    another's."""
-    try:
-        return load_checkpoint(str(path)).get("run_id") == run_id
-    except UserError:
-        return False
-
-
-def newest_checkpoint(folder: Path, run_id: str = "") -> str | None:
-    """The checkpoint to resume from that was written last in `folder`, by the run `run_id` if one
-    is named."""
-    found = [*folder.glob("checkpoint_epoch_*.pth"), *folder.glob("checkpoint_interrupted.pth")]
-    own = [path for path in found if path.stem.count("_") <= 2]  # those set aside carry a date
-    latest = sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((str(path) for path in latest if not run_id or written_by(path, run_id)), None)
-
-
-def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> None:
-    """Rename `path`, with its date, when another run wrote it: no run destroys another's
-    weights."""
-    if not path.exists() or written_by(path, run_id):
-        return
-    stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
-    aside = path.with_name(f"{path.stem}_{stamp}{path.suffix}")
-    for count in range(2, 1000):
-        if not aside.exists():
-            break
-        aside = path.with_name(f"{path.stem}_{stamp}_{count}{path.suffix}")
-    path.rename(aside)
-    log(f"{path} is another run's; it is now {aside}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Metrics: float images in [0, 1], (H, W, 3), by scikit-image
 # --------------------------------------------------------------------------------------------------
-
-GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the literature's test scripts
-
-
-def check_range(*images: np.ndarray) -> None:
-    """Metrics assume a peak of 1; one value of 1.001 must not turn into a guess."""
-    for image in images:
-        if image.min() < 0 or image.max() > 1:
-            raise ValueError(
-                f"images must be in [0, 1], got [{image.min():.4f}, {image.max():.4f}]"
-            )
-
-
-def psnr_of(enhanced: np.ndarray, high: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; 100 for equal images, so that means stay finite."""
-    check_range(enhanced, high)
-    if np.array_equal(enhanced, high):
-        return 100.0
-    return float(skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1.0))
-
-
-def ssim_of(enhanced: np.ndarray, high: np.ndarray) -> float:
-    """Structural similarity of (H, W, 3) or grey (H, W) images, scikit-image's default window."""
-    check_range(enhanced, high)
-    axis = 2 if enhanced.ndim == 3 else None
-    return float(
-        skimage.metrics.structural_similarity(high, enhanced, data_range=1.0, channel_axis=axis)
-    )
-
-
-def ciede2000_of(enhanced: np.ndarray, high: np.ndarray) -> float:
-    """Mean colour difference CIEDE2000 (about 1 is just noticeable)."""
-    lab = [skimage.color.rgb2lab(image) for image in (enhanced, high)]
-    return float(skimage.color.deltaE_ciede2000(*lab).mean())
-
-
-def colourfulness(image: np.ndarray) -> float:
-    """Hasler & Suesstrunk 2003, eq. 9-11; 0 for grey."""
-    red_green = image[..., 0] - image[..., 1]
-    yellow_blue = (image[..., 0] + image[..., 1]) / 2 - image[..., 2]
-    spread = math.hypot(red_green.std(), yellow_blue.std())
-    return spread + 0.3 * math.hypot(red_green.mean(), yellow_blue.mean())
-
-
-def wasserstein_of(enhanced: np.ndarray, high: np.ndarray) -> float:
-    """Exact 1-Wasserstein distance between the channels' value distributions, mean over R, G, B, in
-    [0, 1]."""
-    a, b = (np.sort(image.reshape(-1, 3), axis=0) for image in (enhanced, high))
-    return float(np.abs(a - b).mean())
-
-
-def match_mean(enhanced: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """`enhanced` at the target's mean grey: the literature's GT-mean trick. It uses the ground
-    truth."""
-    return np.clip(enhanced * ((high @ GREY).mean() / max((enhanced @ GREY).mean(), 1e-6)), 0, 1)
-
-
-def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
-    """Every score of one picture, (H, W, 3) float in [0, 1] each. Names ending in gt_mean had help
-    from the ground truth."""
-    matched = match_mean(enhanced, high)
-    return {
-        "psnr": psnr_of(enhanced, high),
-        "ssim": ssim_of(enhanced, high),
-        "ciede2000": ciede2000_of(enhanced, high),
-        "colourfulness_ratio": colourfulness(enhanced) / max(colourfulness(high), 1e-6),
-        "wasserstein": wasserstein_of(enhanced, high),
-        "psnr_gt_mean": psnr_of(matched, high),
-        "ssim_grey_gt_mean": ssim_of(np.clip(matched @ GREY, 0, 1), np.clip(high @ GREY, 0, 1)),
-    }
-
-
-def load_lpips(
-    log: Callable[[str], None] = print,
-) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its
-    weights are missing."""
-    try:
-        import lpips
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
-            network = lpips.LPIPS(net="alex", verbose=False).eval()
-    except ImportError:
-        log("LPIPS columns are left out: `pip install lpips` adds them")
-        return None
-    except Exception as error:  # its backbone's weights are downloaded, which fails in many ways
-        log(f"LPIPS columns are left out: its weights could not be loaded ({type(error).__name__})")
-        return None
-
-    @torch.no_grad()
-    def score(enhanced: np.ndarray, high: np.ndarray) -> float:
-        a, b = (
-            torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1
-            for image in (enhanced, high)
-        )
-        return float(network(a, b))
-
-    return score
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2680,53 +1744,6 @@ def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.Aver
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
 
 
-@contextmanager
-def polite_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two; a second
-    Ctrl-C breaks."""
-    import signal
-
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: no signals to catch
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files
-    are removed."""
-    import signal
-
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Loader processes leave Ctrl-C to the main one."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def training_data(config: Config) -> tuple[PairStore, list[int], PairStore, list[int]]:
     """(training store, its indices, validation store, its indices)."""
     store = PairStore(find_pairs(config.train_low_dir, config.train_high_dir, "train"), config)
@@ -2782,34 +1799,6 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
         return self.model.losses(batch)
-
-
-def cpp_compiler() -> str:
-    """The C++ compiler that torch.compile calls on the processor."""
-    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-
-
-def compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` by torch.compile, with the random numbers that it draws without. Raises UserError
-    without a C++ compiler."""
-    if device.type == "cpu" and not shutil.which(cpp_compiler()):
-        lacking = f"{cpp_compiler()} is not here; install it or use --set compile=false"
-        raise UserError(f"compile: needs a C++ compiler, and {lacking}")
-    return cast(nn.Module, torch.compile(module, options={"fallback_random": True}))
-
-
-def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[list[Any], float]]:
-    """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its
-    share of the batch.
-
-    A process for which nothing is left does the first item at weight 0: it is needed when gradients
-    are exchanged.
-    """
-    mine = np.array_split(np.arange(len(batch)), of)[place]
-    chunks = [chunk for chunk in np.array_split(mine, parts) if len(chunk)]
-    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [
-        ([batch[0]], 0.0)
-    ]
 
 
 class Trainer:
@@ -3365,66 +2354,6 @@ def score_pairs(
         )
 
 
-LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, deviation, median and the worst file of every metric."""
-    summary = {}
-    for name in rows[0]:
-        if name in ("filename", "twin_in_training"):
-            continue
-        values = np.array([row[name] for row in rows])
-        # the worst colourfulness ratio is the one farthest from the target's
-        distance = (
-            np.abs(np.log(values + 1e-9))
-            if name == "colourfulness_ratio"
-            else values
-            if name in LOWER_IS_BETTER
-            else -values
-        )
-        summary[name] = {
-            "mean": float(values.mean()),
-            "std": float(values.std()),
-            "median": float(np.median(values)),
-            "worst": float(values[distance.argmax()]),
-            "worst_file": rows[int(distance.argmax())]["filename"],
-            "uses_ground_truth": name.endswith("gt_mean"),
-        }
-    return summary
-
-
-def results_folder(parent: str, prefix: str) -> Path:
-    """A new folder name prefix_YYYYMMDD_HHMMSS under `parent`; a second later where that exists."""
-    while True:
-        folder = Path(parent) / f"{prefix}_{datetime.now():%Y%m%d_%H%M%S}"
-        if not folder.exists():
-            return folder
-        time.sleep(0.2)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes
-    when it does not."""
-    import shutil
-
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield from_first(temporary)
-        from_all(True)
-        if rank() == 0:
-            temporary.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write ({error.strerror or error}); check the folder and the free"
-            " space"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def training_twins(store: PairStore, checkpoint: dict[str, Any]) -> list[bool | None]:
     """For each pair whether its ground truth is among the checkpoint's training pictures; None
     where that is not known."""
@@ -3553,80 +2482,6 @@ def print_summary(summary: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def srgb_to_linear(value: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1, [0, 1] to linear light in [0, 1]."""
-    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-
-
-def linear_to_srgb(value: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1, linear light in [0, 1] to [0, 1]."""
-    return np.where(
-        value <= 0.0031308, value * 12.92, 1.055 * np.clip(value, 0.0031308, 1) ** (1 / 2.4) - 0.055
-    )
-
-
-def exposed(stops: float) -> np.ndarray:
-    """(65536,) in [0, 1]: what each 16-bit level becomes when `stops` more light, in powers of two,
-    had fallen on it."""
-    return linear_to_srgb(np.minimum(srgb_to_linear(np.arange(65536) / 65535) * 2.0**stops, 1.0))
-
-
-def level_table(stops: float, deep: bool) -> np.ndarray:
-    """(65536,) the final level, uint16 where `deep`, else uint8, of each 16-bit level, at `stops`
-    more light."""
-    values = exposed(stops) if stops else np.arange(65536) / 65535
-    return np.rint(values * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
-
-
-def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
-    """The exposure in [-6, 6] stops at which uint16 `pixels` have the mean brightness `mean` in [0,
-    1], by bisection."""
-    share = np.bincount(pixels.ravel(), minlength=65536) / pixels.size
-    low, high = -6.0, 6.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share @ exposed(middle) < mean else (low, middle)
-    return (low + high) / 2
-
-
-class Tile(NamedTuple):
-    """A part of a picture: what it is responsible for, and that with its halo, as (top, bottom,
-    left, right) in pixels."""
-
-    core: tuple[int, int, int, int]
-    outer: tuple[int, int, int, int]
-
-
-def plan_tiles(height: int, width: int, side: int, halo: int) -> list[Tile]:
-    """Overlapping tiles of one size, at most `side` and two halos, whose cores cover the picture
-    without overlap.
-
-    They start at multiples of 8, where the model's strides fall on the same pixels as in the whole
-    picture, and lie evenly; one size, because every further size costs the convolutions' library
-    further memory.
-    """
-
-    # core begin and end, outer begin and end
-    def cuts(length: int) -> list[tuple[int, int, int, int]]:
-        padded = math.ceil(length / 8) * 8
-        count = max(1, math.ceil((padded - 2 * halo) / side))
-        extent = padded if count == 1 else math.ceil((padded - 2 * halo) / count / 8) * 8 + 2 * halo
-        starts = [
-            round(place * (padded - extent) / max(1, count - 1) / 8) * 8 for place in range(count)
-        ]
-        middles = [(before + extent + after) // 2 for before, after in itertools.pairwise(starts)]
-        bounds = itertools.pairwise([0, *middles, length])
-        return [
-            (*core, start, min(start + extent, length))
-            for core, start in zip(bounds, starts, strict=True)
-        ]
-
-    rows, columns = cuts(height), cuts(width)
-    return [
-        Tile((*row[:2], *column[:2]), (*row[2:], *column[2:])) for row in rows for column in columns
-    ]
-
-
 def tile_side(model: ConditionalFlow, config: Config) -> int:
     """The largest tile whose work, halo included, fits in memory_megabytes; `tile_size` where the
     config names one."""
@@ -3646,31 +2501,6 @@ def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
     bands = [to_tensor(pixels[top : top + 256])[None] for top in range(0, len(pixels), 256)]
     narrow = torch.cat([resize(band, (band.shape[-2], size)) for band in bands], dim=-2)
     return resize(narrow, (size, size))
-
-
-NOISE_BLOCK = 64
-
-
-def latent_noise(seed: Sequence[int], top: int, left: int, height: int, width: int) -> Tensor:
-    """(1, 48, height, width) standard normal values of an endless field, from latent position (top,
-    left) on.
-
-    Whatever the tiles, a position has the same value: the field is made of blocks, each seeded by
-    its place.
-    """
-    n = NOISE_BLOCK
-    rows = [
-        np.concatenate(
-            [
-                np.random.default_rng((*seed, y, x)).standard_normal((48, n, n), dtype=np.float32)
-                for x in range(left // n, (left + width - 1) // n + 1)
-            ],
-            axis=2,
-        )
-        for y in range(top // n, (top + height - 1) // n + 1)
-    ]
-    field = np.concatenate(rows, axis=1)[:, top % n : top % n + height, left % n : left % n + width]
-    return torch.from_numpy(np.ascontiguousarray(field))[None]
 
 
 class Enhanced(NamedTuple):
@@ -3773,69 +2603,6 @@ def whole_decoder(model: System, low: Tensor, seed: int) -> Callable[[int, float
         return model.enhance(low, temperature)
 
     return draw
-
-
-HEAT = np.array(
-    [[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 255, 255]], np.float64
-)
-
-
-def heat_map(deviation: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th
-    percentile."""
-    share = 4095 / max(float(np.percentile(deviation, 99.5)), 1e-9)
-    colours = [
-        np.interp(np.linspace(0, len(HEAT) - 1, 4096), np.arange(len(HEAT)), HEAT[:, c])
-        for c in range(3)
-    ]
-    # a large picture's floats are gigabytes
-    place = np.clip(deviation * np.float32(share) + 0.5, 0, 4095).astype(np.uint16)
-    return np.rint(np.stack(colours, axis=-1)).astype(np.uint8)[place]
-
-
-def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
-    """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg',
-    means.
-
-    Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and
-    links to folders, which may run in circles, are left out. Raises UserError when there is none.
-    """
-    target = Path(output)
-    if os.path.isdir(given):
-        root, found = Path(given), sorted(Path(given).rglob("*"))
-    else:
-        parts = Path(given).parts
-        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
-        root, rest = Path(*fixed), [*parts[len(fixed) :], *(["*"] if parts[-1] == "**" else [])]
-        try:
-            found = sorted(root.glob(str(Path(*rest))))
-        except ValueError as error:
-            raise UserError(
-                f"--input {given}: no pattern ({error}); write one such as 'photos/**/*.jpg'"
-            ) from None
-    if (
-        target.exists() and not target.is_dir()
-    ) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
-        raise UserError(f"--output {target}: {given} means many pictures, so name a folder")
-    inside = target.resolve()
-    if inside == root.resolve():
-        raise UserError(f"--output {target}: is the input folder itself; choose another")
-    known = SUFFIXES + VIDEO_SUFFIXES
-    seen = [
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    files = [
-        path
-        for path in seen
-        if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents
-    ]
-    if not files:
-        raise UserError(
-            f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}"
-        )
-    return [(path, target / path.relative_to(root)) for path in files]
 
 
 def enhance_file(
@@ -4015,86 +2782,6 @@ def enhance_video(
     }
 
 
-ENHANCE_COLUMNS = (
-    "file",
-    "output",
-    "width",
-    "height",
-    "seconds",
-    "brightness_before",
-    "brightness_after",
-    "deviation",
-    "note",
-)
-
-
-def enhance_folder(
-    jobs: Sequence[tuple[Path, Path]],
-    folder: Path,
-    work: Callable[[Path, Path], dict[str, Any]],
-    again: bool,
-) -> int:
-    """Do every job that is not done, or every one `again`; enhance.csv in `folder` keeps a row of
-    each. 1 if any failed."""
-    table = folder / "enhance.csv"
-    rows: dict[str, dict[str, Any]] = {}
-    if table.exists():
-        try:
-            with open(table, newline="", encoding="utf-8", errors=ANY_NAME) as stream:
-                read = [
-                    {key: cell for key, cell in row.items() if key}
-                    for row in csv.DictReader(stream)
-                ]
-        except (OSError, csv.Error) as error:
-            raise UserError(
-                f"{table}: cannot read the table ({error}); rename or remove it"
-            ) from None
-        rows = {row["file"]: row for row in read if row.get("file")}
-    # asked once, before anybody writes: the shares of several processes must come from one list
-    todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
-    print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
-    # a run that was killed left its pictures and no table
-    for source, target in set(jobs) - set(todo):
-        made = {"file": str(source), "output": str(target), "note": "made by an earlier run"}
-        rows.setdefault(str(source), dict.fromkeys(ENHANCE_COLUMNS, "") | made)
-    done: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
-    try:
-        for source, target in tqdm(
-            my_share(todo), desc="enhancing", unit="image", **progress_style()
-        ):
-            try:
-                done[str(source)] = work(source, target)
-            except UserError as error:
-                failed.append(" ".join(str(error).split()))
-                done[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {
-                    "file": str(source),
-                    "note": f"failed: {failed[-1]}",
-                }
-        done = {name: row for share in from_all(done) for name, row in share.items()}
-        failed = [line for share in from_all(failed) for line in share]
-    finally:
-        rows |= done
-        if rows and rank() == 0:
-            order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
-            write_csv(
-                table,
-                order
-                + [
-                    row
-                    for name, row in rows.items()
-                    if name not in {str(source) for source, _ in jobs}
-                ],
-            )
-    for line in failed if rank() == 0 else []:
-        print(f"failed: {line}", file=sys.stderr)
-    print(
-        f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists"
-        " them"
-    )
-    return 1 if failed else 0
-
-
 def enhance(
     arguments: argparse.Namespace, model_class: type[System], config_class: type[Config]
 ) -> int:
@@ -4145,62 +2832,6 @@ def enhance(
 # Demo: photographs that ship with scikit-image, seen by a simulated infrared-leaking, under-exposed
 # sensor
 # --------------------------------------------------------------------------------------------------
-
-DEMO_TRAIN = (
-    "coffee",
-    "chelsea",
-    "stereo_motorcycle",
-    "immunohistochemistry",
-    "retina",
-    "colorwheel",
-    "hubble_deep_field",
-)
-DEMO_TEST = ("astronaut", "rocket")
-
-
-def simulate_infrared(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) uint8 as a sensor without infrared-cut filter sees it in a short exposure.
-
-    In linear light: (1) near-infrared reflectance is guessed from the visible, brightest where red
-    and green are (skin, cloth, leaves); (2) each colour filter passes its colour, a little of its
-    neighbours and, unequally, the infrared; (3) exposure about 1/40, varying by a fifth of a stop;
-    (4) Poisson noise of 4000 photo-electrons at white and Gaussian read noise of 2; (5) sRGB
-    encoding and rounding to 8 bits.
-    """
-    light = srgb_to_linear(high / 255.0)
-    infrared = light @ np.array([0.55, 0.35, 0.10]) * 0.8 + 0.05
-    crosstalk = np.array([[0.80, 0.15, 0.05], [0.12, 0.76, 0.12], [0.06, 0.16, 0.78]])
-    veil = np.array([0.75, 0.30, 0.45])
-    exposure = 2.0 ** rng.uniform(-0.2, 0.2) / 40
-    electrons = 4000 * exposure * (light @ crosstalk.T + infrared[..., None] * veil)
-    noisy = (rng.poisson(electrons) + rng.normal(0, 2, electrons.shape)) / 4000
-    return np.rint(linear_to_srgb(np.clip(noisy, 0, 1)) * 255).astype(np.uint8)
-
-
-def demo_photograph(name: str) -> Image.Image:
-    """A photograph in scikit-image's wheel; of a stereo pair the left one."""
-    pixels = getattr(skimage.data, name)()
-    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
-
-
-def demo_crops(
-    name: str, count: int, side: int, recolour: bool, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """`count` random (side, side, 3) uint8 crops of a photograph in scikit-image's wheel, at scales
-    from 1/4 to 1.
-
-    `recolour` permutes the channels: seven photographs hold too few colours to learn a colour from.
-    """
-    photograph = demo_photograph(name)
-    least = min(photograph.size)
-    for _ in range(count):
-        extent = int(rng.integers(min(least, 2 * side), least + 1))
-        left, top = (int(rng.integers(0, full - extent + 1)) for full in photograph.size)
-        crop = photograph.crop((left, top, left + extent, top + extent)).resize(
-            (side, side), Image.Resampling.LANCZOS
-        )
-        order = rng.permutation(3) if recolour else np.arange(3)
-        yield np.asarray(crop)[..., order]
 
 
 def write_demo_pairs(folder: Path, config: Config) -> None:

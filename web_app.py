@@ -33,16 +33,20 @@ from PIL import Image
 
 import baselines
 import model_script as ms
+from support.checkpoints import load_checkpoint
+from support.decoding import Picture, opened, read_picture
+from support.pictures import encode_picture, heat_map, level_table
+from support.runtime import Runtime
+from support.settings import OneLineParser, UserError, complain
+from support.simulated import demo_photograph, simulate_infrared
 
 try:
     import flask
     import waitress
 except ImportError as missing:
     sys.exit(
-        ms.complain(
-            ms.UserError(
-                f"the page needs the package {missing.name}; run pip install flask waitress"
-            )
+        complain(
+            UserError(f"the page needs the package {missing.name}; run pip install flask waitress")
         )
     )
 
@@ -69,7 +73,7 @@ class Job:
     state: str = "waiting"  # waiting, working, done, failed
     message: str = ""
     seconds: float = 0.0
-    picture: ms.Picture | None = None
+    picture: Picture | None = None
     enhanced: ms.Enhanced | None = None
 
     @property
@@ -120,20 +124,20 @@ class Studio:
         resolved = path.resolve()
         return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
 
-    def _load(self, label: str) -> tuple[Any, ms.Config, ms.Runtime]:
+    def _load(self, label: str) -> tuple[Any, ms.Config, Runtime]:
         path = str(self.models[label])
-        system = ms.load_checkpoint(path).get("system", ms.ConditionalFlow.system)
+        system = load_checkpoint(path).get("system", ms.ConditionalFlow.system)
         if system not in baselines.SYSTEMS:
-            raise ms.UserError(f"{path}: weights of {system}, which this page does not know")
+            raise UserError(f"{path}: weights of {system}, which this page does not know")
         return ms.load_model(path, self.settings, *baselines.classes(system))[:3]
 
     def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
         """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy
         when too many wait."""
-        with ms.opened(io.BytesIO(data)) as picture:
+        with opened(io.BytesIO(data)) as picture:
             width, height = picture.size
         if width * height > self.megapixels * 1e6:
-            raise ms.UserError(
+            raise UserError(
                 f"the picture has {width * height / 1e6:.1f} megapixels; this page takes"
                 f" {self.megapixels:g}"
             )
@@ -206,7 +210,7 @@ class Studio:
             try:
                 self._do(job)
                 job.state = "done"
-            except ms.UserError as error:
+            except UserError as error:
                 job.state, job.message = "failed", str(error)
             except Exception as error:  # the page must answer, whatever a picture does to a library
                 job.state, job.message = (
@@ -218,7 +222,7 @@ class Studio:
 
     def _do(self, job: Job) -> None:
         started = time.perf_counter()
-        job.picture = ms.read_picture(io.BytesIO(job.data))
+        job.picture = read_picture(io.BytesIO(job.data))
         model, config, runtime = self.load(job.model)
         wanted = dataclasses.replace(config, samples=job.samples, uncertainty=job.uncertainty)
         job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, runtime)
@@ -236,8 +240,8 @@ class InMemoryRequest(flask.Request):
 def sample_picture(name: str) -> bytes:
     """A photograph that ships with scikit-image, as the demo's simulated sensor saw it: a PNG."""
     rng = np.random.default_rng(0)
-    high = np.asarray(ms.demo_photograph(name))[:512, :512]
-    return ms.encode_picture(ms.simulate_infrared(high, rng), ".png", ms.Picture(high))
+    high = np.asarray(demo_photograph(name))[:512, :512]
+    return encode_picture(simulate_infrared(high, rng), ".png", Picture(high))
 
 
 def make_app(studio: Studio, megabytes: float) -> flask.Flask:
@@ -258,7 +262,7 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
             flask.abort(say(404, "this result is no longer kept; upload the picture again"))
         return job
 
-    def finished(name: str) -> tuple[ms.Picture, ms.Enhanced]:
+    def finished(name: str) -> tuple[Picture, ms.Enhanced]:
         job = find(name)
         if job.picture is None or job.enhanced is None:
             flask.abort(say(409, job.message or "not ready yet"))
@@ -315,7 +319,7 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
         )
         try:
             name = studio.submit(upload.stream.read(), model, samples, uncertainty)
-        except ms.UserError as error:
+        except UserError as error:
             return say(400, str(error))
         response = flask.jsonify(job=name)
         response.status_code = 202
@@ -364,9 +368,9 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
         with studio.turn(whole):
             return drawn(given, found, what, whole)
 
-    def drawn(given: ms.Picture, found: ms.Enhanced, what: str, whole: bool) -> flask.Response:
+    def drawn(given: Picture, found: ms.Enhanced, what: str, whole: bool) -> flask.Response:
         if what == "uncertainty" and found.deviation is not None:
-            heat = ms.heat_map(found.deviation)
+            heat = heat_map(found.deviation)
             return whole_response(encode_view(heat, True)) if whole else view_response(heat)
         if what == "low":
             pixels = given.pixels
@@ -379,9 +383,9 @@ def make_app(studio: Studio, megabytes: float) -> flask.Flask:
         if what not in choices:
             return say(404, "no such picture")
         deep = whole and given.pixels.dtype == np.uint16
-        pixels = ms.level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
+        pixels = level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
         if whole:
-            return whole_response(ms.encode_picture(pixels, ".png", given), what)
+            return whole_response(encode_picture(pixels, ".png", given), what)
         return view_response(pixels)
 
     @app.errorhandler(413)
@@ -432,7 +436,7 @@ def find_checkpoints(given: Sequence[str]) -> list[Path]:
     UserError for none."""
     if given:
         for name in given:
-            ms.load_checkpoint(name)
+            load_checkpoint(name)
         return [Path(name) for name in given]
     found: list[Path] = []
     for path in sorted(
@@ -440,12 +444,12 @@ def find_checkpoints(given: Sequence[str]) -> list[Path]:
         key=lambda path: (path.name != "best_model.pth", str(path)),
     ):
         try:
-            ms.load_checkpoint(str(path))
-        except ms.UserError:
+            load_checkpoint(str(path))
+        except UserError:
             continue
         found.append(path)
     if not found:
-        raise ms.UserError(
+        raise UserError(
             "checkpoints: no weights found; train a model, or name one with --checkpoint FILE"
         )
     return found
@@ -484,18 +488,18 @@ def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., N
         serve(app, host=host, port=port, threads=8, ident=None, **limits)
     # waitress's word for a host that has no address; the numbers are checked before
     except ValueError as error:
-        raise ms.UserError(
+        raise UserError(
             f"--host {host}: no such address; name one of this machine, such as 127.0.0.1"
         ) from error
     except OSError as error:
         option = f"--host {host}" if error.errno == errno.EADDRNOTAVAIL else f"--port {port}"
-        raise ms.UserError(f"{option}: cannot listen ({error.strerror}); choose another") from error
+        raise UserError(f"{option}: cannot listen ({error.strerror}); choose another") from error
 
 
 def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitress.serve) -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
     most = KEEP_BYTES / 2**20  # megabytes; the queue takes no more
-    parser = ms.OneLineParser(
+    parser = OneLineParser(
         description="A local page that enhances photographs.", allow_abbrev=False
     )
     parser.add_argument(
@@ -542,8 +546,8 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
         finally:
             studio.close()
         return 0
-    except ms.UserError as error:
-        return ms.complain(error)
+    except UserError as error:
+        return complain(error)
     except KeyboardInterrupt:
         return 130
 

@@ -49,6 +49,8 @@ from tqdm import tqdm
 
 import model_script as ms
 from baselines import equalise
+from support.processes import progress_style
+from support.settings import UserError, knob
 
 
 @dataclass
@@ -60,53 +62,53 @@ class AnlightenConfig(ms.Config):
     program: ClassVar[str] = "-m baselines.anlightendiff"
     recipe: ClassVar[str] = "baselines/anlightendiff.json"
     unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
-    checkpoint_dir: str = ms.knob("checkpoints/anlightendiff", "where weights go")
-    width: int = ms.knob(
+    checkpoint_dir: str = knob("checkpoints/anlightendiff", "where weights go")
+    width: int = knob(
         64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True
     )
-    multipliers: list[int] = ms.knob(
+    multipliers: list[int] = knob(
         [1, 2, 2, 4, 4, 8],
         "width of each level over `width`, full resolution first",
         low=1,
         high=64,
         architecture=True,
     )
-    timesteps: int = ms.knob(100, "steps T of the diffusion", low=2, high=10_000, architecture=True)
-    start_step: int = ms.knob(
+    timesteps: int = knob(100, "steps T of the diffusion", low=2, high=10_000, architecture=True)
+    start_step: int = knob(
         0,
         "timesteps to go back through, from the centre under their noise; 0: all, from 2"
         " centre - 1",
         low=0,
         high=10_000,
     )
-    sampling_steps: int = ms.knob(
+    sampling_steps: int = knob(
         0, "reverse steps, evenly spaced among those; 0: all of them", low=0, high=10_000
     )
-    sampling_bar: bool = ms.knob(
+    sampling_bar: bool = knob(
         False, "progress bar of the sampling also where standard error is no terminal"
     )
-    noise_weight: float = ms.knob(
+    noise_weight: float = knob(
         1.0, "weight of the squared error of the predicted noise", low=0.0, high=1e6
     )
-    dfpl_weight: float = ms.knob(
+    dfpl_weight: float = knob(
         1.0, "weight of the diffusion feature perceptual loss", low=0.0, high=1e6
     )
-    dfpl_image_loss: str = ms.knob(
+    dfpl_image_loss: str = knob(
         "ssim",
         "what DFPL compares pictures by; the paper's lpips needs a package",
         choices=("ssim", "l1", "lpips"),
     )
-    centre_weight: float = ms.knob(1.0, "weight of |predicted centre - high|", low=0.0, high=1e6)
-    optimizer: str = ms.knob(
+    centre_weight: float = knob(1.0, "weight of |predicted centre - high|", low=0.0, high=1e6)
+    optimizer: str = knob(
         "adamw",
         "who updates the weights; the paper's lion needs a package",
         choices=("adamw", "lion"),
     )
-    learning_rate: float = ms.knob(4e-4, "peak learning rate", low=1e-8, high=1.0)
-    batch_size: int = ms.knob(
+    learning_rate: float = knob(4e-4, "peak learning rate", low=1e-8, high=1.0)
+    batch_size: int = knob(
         24, "pictures or crops per step, of all processes together", low=1, high=4096
     )
-    crop_size: int = ms.knob(
+    crop_size: int = knob(
         160, "side of the native-resolution crops, a multiple of 8; 0: image_size", low=0, high=4096
     )
 
@@ -114,12 +116,12 @@ class AnlightenConfig(ms.Config):
         """Rules that no single key can state; here, so that a mistake is told before any picture is
         read."""
         if self.width % 2:
-            raise ms.UserError(f"width must be even, got {self.width}")
+            raise UserError(f"width must be even, got {self.width}")
         # every level halves the picture, which is padded to a multiple of its last
         if len(self.multipliers) > 8:
-            raise ms.UserError(f"multipliers: at most 8 levels, got {len(self.multipliers)}")
+            raise UserError(f"multipliers: at most 8 levels, got {len(self.multipliers)}")
         if self.noise_weight == self.dfpl_weight == self.centre_weight == 0:
-            raise ms.UserError("one of noise_weight, dfpl_weight and centre_weight must be above 0")
+            raise UserError("one of noise_weight, dfpl_weight and centre_weight must be above 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,12 +351,12 @@ def lpips_vgg() -> Callable[[Tensor, Tensor], Tensor]:
 
         network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except ImportError:
-        raise ms.UserError(
+        raise UserError(
             f"dfpl_image_loss: lpips is not installed; run pip install lpips, {instead}"
         ) from None
     except Exception as error:  # its backbone's weights are downloaded, which fails in many ways
         kind = type(error).__name__
-        raise ms.UserError(
+        raise UserError(
             f"dfpl_image_loss: lpips could not load its weights ({kind}); go online once, {instead}"
         ) from None
     return lambda a, b: network.to(a.device)(2 * a - 1, 2 * b - 1)
@@ -386,7 +388,7 @@ class AnlightenDiff(ms.System):
             ("sampling_steps", "start_step" if config.start_step else "timesteps"),
         ):
             if (value := getattr(config, key)) > (most := getattr(config, above)):
-                raise ms.UserError(f"{key} must be at most {above} ({most}), got {value}")
+                raise UserError(f"{key} must be at most {above} ({most}), got {value}")
         self.predictor = UNet(12, config, timed=False)
         self.denoiser = UNet(6, config, timed=True)
         self.register_buffer(
@@ -404,7 +406,7 @@ class AnlightenDiff(ms.System):
         try:
             from lion_pytorch import Lion
         except ImportError:
-            raise ms.UserError(
+            raise UserError(
                 "optimizer: lion is not installed; run pip install lion-pytorch, or use --set"
                 " optimizer=adamw"
             ) from None
@@ -504,7 +506,7 @@ class AnlightenDiff(ms.System):
             noisy = diffuse(
                 to_residual(centre, low), noise(), centre, low.new_tensor(schedule[times[0]])
             )
-        style = ms.progress_style()
+        style = progress_style()
         style["disable"] |= not (config.sampling_bar or sys.stderr.isatty())
         bar = tqdm(times, desc="sampling", unit="step", leave=False, **style)
         for t, earlier in zip(bar, [*times[1:], None], strict=True):

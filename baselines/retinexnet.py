@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model_script as ms
+from support.settings import knob
 
 
 @dataclass
@@ -60,39 +61,37 @@ class RetinexConfig(ms.Config):
         *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
         *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
     )
-    checkpoint_dir: str = ms.knob("checkpoints/retinexnet", "where weights go")
-    training: str = ms.knob(
+    checkpoint_dir: str = knob("checkpoints/retinexnet", "where weights go")
+    training: str = knob(
         "split",
         "split: Decom-Net for half of the run, then Enhance-Net; join: both at once; "
         "ignore_ienhance: Decom-Net alone, whose reflectance is the enhanced picture",
         choices=("split", "join", "ignore_ienhance"),
         architecture=True,
     )
-    transposed: bool = ms.knob(
+    transposed: bool = knob(
         False,
         "Enhance-Net grows by transposed convolutions, not by nearest neighbours and a convolution",
         architecture=True,
     )
-    channels: int = ms.knob(
+    channels: int = knob(
         64, "width of both networks (published: 64)", low=1, high=1024, architecture=True
     )
-    decom_lr: float = ms.knob(1e-3, "first learning rate of Decom-Net", low=1e-8, high=1.0)
-    relight_lr: float = ms.knob(1e-3, "first learning rate of Enhance-Net", low=1e-8, high=1.0)
-    decay_every: float = ms.knob(
+    decom_lr: float = knob(1e-3, "first learning rate of Decom-Net", low=1e-8, high=1.0)
+    relight_lr: float = knob(1e-3, "first learning rate of Enhance-Net", low=1e-8, high=1.0)
+    decay_every: float = knob(
         0.25,
         "share of a stage of training after which both rates fall, again and again",
         low=0.01,
         high=1.0,
     )
-    decay_factor: float = ms.knob(
+    decay_factor: float = knob(
         0.5, "what they are multiplied by each time; 1: constant rates", low=1e-6, high=1.0
     )
-    num_epochs: int = ms.knob(20, "passes over the training set", low=1, high=1_000_000)
-    save_freq: int = ms.knob(10, "epochs between checkpoints", low=1, high=1_000_000)
-    weight_decay: float = ms.knob(
-        0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0
-    )
-    ema_decay: float = ms.knob(0.0, "decay of averaged weights; 0: off", low=0.0, high=0.999999)
+    num_epochs: int = knob(20, "passes over the training set", low=1, high=1_000_000)
+    save_freq: int = knob(10, "epochs between checkpoints", low=1, high=1_000_000)
+    weight_decay: float = knob(0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0)
+    ema_decay: float = knob(0.0, "decay of averaged weights; 0: off", low=0.0, high=0.999999)
 
 
 # --------------------------------------------------------------------------------------------------

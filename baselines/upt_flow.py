@@ -44,6 +44,8 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import equalise
+from support.processes import processes, sum_over_processes
+from support.settings import UserError, knob
 
 
 @dataclass
@@ -59,49 +61,47 @@ class UPTFlowConfig(ms.Config):
         "global_dropout",
         *ms.TILE_KEYS,
     )
-    checkpoint_dir: str = ms.knob("checkpoints/upt_flow", "where weights go")
-    encoder_width: int = ms.knob(
+    checkpoint_dir: str = knob("checkpoints/upt_flow", "where weights go")
+    encoder_width: int = knob(
         48, "channels of the encoder's first level, even", low=2, high=512, architecture=True
     )
-    encoder_blocks: int = ms.knob(
+    encoder_blocks: int = knob(
         2, "blocks of either branch at each level", low=1, high=16, architecture=True
     )
-    refinement_blocks: int = ms.knob(
+    refinement_blocks: int = knob(
         2, "blocks that refine the full-resolution features", low=0, high=16, architecture=True
     )
-    window_size: int = ms.knob(
+    window_size: int = knob(
         5, "side of the local attention's windows", low=2, high=32, architecture=True
     )
-    flow_steps: int = ms.knob(
+    flow_steps: int = knob(
         8, "flow steps with coupling at each of the three levels", low=1, high=64, architecture=True
     )
-    flow_channels: int = ms.knob(
+    flow_channels: int = knob(
         64, "hidden width of the couplings", low=8, high=1024, architecture=True
     )
-    log_input: bool = ms.knob(False, "the encoder sees log(low) in place of low", architecture=True)
-    histogram_input: bool = ms.knob(
+    log_input: bool = knob(False, "the encoder sees log(low) in place of low", architecture=True)
+    histogram_input: bool = knob(
         True, "the encoder also sees low with its histogram equalised", architecture=True
     )
-    crop_size: int = ms.knob(
+    crop_size: int = knob(
         160, "side of the native-resolution crops, a multiple of 8; 0: image_size", low=0, high=4096
     )
-    batch_size: int = ms.knob(8, "pictures or crops per step", low=1, high=4096)
-    nll_weight: float = ms.knob(
+    batch_size: int = knob(8, "pictures or crops per step", low=1, high=4096)
+    nll_weight: float = knob(
         1.0, "weight of the negative log-likelihood, in bits per dimension", low=0.0, high=1e6
     )
-    l1_weight: float = ms.knob(
+    l1_weight: float = knob(
         0.0, "weight of |enhanced - high|; the paper has none", low=0.0, high=1e6
     )
-    ssim_weight: float = ms.knob(
+    ssim_weight: float = knob(
         0.0, "weight of 1 - SSIM(enhanced, high); the paper has none", low=0.0, high=1e6
     )
-    colour_weight: float = ms.knob(
+    colour_weight: float = knob(
         0.0, "weight of the distance of colour histograms; the paper has none", low=0.0, high=1e6
     )
-    weight_decay: float = ms.knob(
-        0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0
-    )
-    warmup_steps: int = ms.knob(
+    weight_decay: float = knob(0.0, "decoupled weight decay of AdamW; 0: Adam", low=0.0, high=1.0)
+    warmup_steps: int = knob(
         100,
         "steps of linear warm-up; the rate halves at 40, 60, 80 and 90 %",
         low=0,
@@ -111,7 +111,7 @@ class UPTFlowConfig(ms.Config):
     def __post_init__(self) -> None:
         """A rule that no single key can state."""
         if self.encoder_width % 2:
-            raise ms.UserError(f"encoder_width must be even, got {self.encoder_width}")
+            raise UserError(f"encoder_width must be even, got {self.encoder_width}")
 
 
 # What is read off the dark picture ----------------------------------------------------------------
@@ -392,10 +392,9 @@ class ActNorm(nn.Module):
     def initialise(self, x: Tensor) -> None:
         """Take shift and scale from a batch (B, C, H, W); a channel that hardly varies is not blown
         up beyond 1000."""
-        mean = ms.sum_over_processes(x.mean((0, 2, 3), keepdim=True)[0]) / ms.processes()
+        mean = sum_over_processes(x.mean((0, 2, 3), keepdim=True)[0]) / processes()
         variance = (
-            ms.sum_over_processes(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0])
-            / ms.processes()
+            sum_over_processes(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / processes()
         )
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp(min=1e-6).log())

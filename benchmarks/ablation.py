@@ -30,6 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.files import write_csv  # noqa: E402
+from support.metrics import image_metrics  # noqa: E402
+from support.pictures import to_tensor  # noqa: E402
+from support.settings import read_config_file  # noqa: E402
 
 
 class Untouched(ms.ConditionalFlow):
@@ -112,7 +116,7 @@ def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
     native: list[dict[str, Any]] = []
     resized: list[dict[str, Any]] = []
     for index in trainer.validation:
-        low, high = (ms.to_tensor(pixels)[None] for pixels in trainer.held_out[index])
+        low, high = (to_tensor(pixels)[None] for pixels in trainer.held_out[index])
         small = [
             ms.resize(image, trainer.config.image_size, quantise=True) for image in (low, high)
         ]
@@ -122,7 +126,7 @@ def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
                 likelihood = model.likelihood(target, dark) if trainer.config.nll_weight else None
             pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, target)]
             rows.append(
-                ms.image_metrics(*pictures)
+                image_metrics(*pictures)
                 | {"bits_per_dim": float(likelihood[0]) if likelihood else math.nan}
             )
     means = {name: float(np.mean([row[name] for row in native])) for name in NATIVE}
@@ -141,7 +145,7 @@ def train_and_score(
     name: str, minutes: float, seed: int, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """The scores of a variant's averaged weights on its validation pairs."""
-    settings = ms.read_config_file(str(ROOT / "release_train_config.json"))
+    settings = read_config_file(str(ROOT / "release_train_config.json"))
     variant = dict(VARIANTS[name])
     model_class = variant.pop("model", ms.ConditionalFlow)
     folder = results_of(overrides) / "ablation" / f"{name.replace(' ', '_')}_{seed}"
@@ -194,7 +198,7 @@ def main() -> None:
     for name in arguments.variants or VARIANTS:
         row = train_and_score(name, arguments.minutes, arguments.seed, overrides)
         rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
-        ms.write_csv(table, [*rows, row])
+        write_csv(table, [*rows, row])
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 

@@ -40,6 +40,7 @@ from enhance_speed import MEGAPIXELS, write_picture
 from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
 
 sys.path.insert(0, str(ROOT))
+from support import files
 
 RELEASE = "release_train_config.json"
 RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
@@ -129,9 +130,9 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
 @functools.cache
 def compiles() -> bool:
     """Whether torch.compile has the C++ compiler that it needs; says so when not."""
-    import model_script as ms
+    from support.runtime import cpp_compiler
 
-    found = bool(shutil.which(ms.cpp_compiler()))
+    found = bool(shutil.which(cpp_compiler()))
     if not found:
         print(f"{COMPILED} is left out: it needs a C++ compiler")
     return found
@@ -285,9 +286,10 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
     from train_speed import StandIn
 
     import model_script as ms
+    from support.pictures import to_tensor
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    low = ms.to_tensor(pixels)[None].to(device)
+    low = to_tensor(pixels)[None].to(device)
     model, config, runtime, _ = ms.load_model(
         checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config
     )
@@ -321,8 +323,9 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     yield scaling(folder, arguments.seconds)
 
     import model_script as ms
+    from support.runtime import choose_runtime
 
-    device = ms.choose_runtime(ms.Config()).device.type
+    device = choose_runtime(ms.Config()).device.type
     trainers = make_trainers(device, folder)
     yield training(trainers, device, arguments.rounds, arguments.seconds)
     yield enhancement(trainers, arguments.checkpoint, device, arguments.rounds)
@@ -374,17 +377,14 @@ def main() -> None:
     target: Path | None = None
     with tempfile.TemporaryDirectory() as name:
         for part in measured(arguments, Path(name)):
-            # with torch, whose memory the processes of the first part must not be born with
-            import model_script as ms
-
-            target = target or ms.results_folder(arguments.results, "bench")
+            target = target or files.results_folder(arguments.results, "bench")
             rows += part
             # what is known is kept, whatever comes of the next part
-            ms.write_csv(target / "bench.csv", rows)
+            files.write_csv(target / "bench.csv", rows)
     assert target
     lines = ["| part | what | value | unit | note |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(str(value) for value in r.values()) + " |" for r in rows]
-    ms.write_bytes(target / "bench.md", ("\n".join(lines) + "\n").encode())
+    files.write_bytes(target / "bench.md", ("\n".join(lines) + "\n").encode())
     try:
         plot(rows, target / "bench.png")
     except ImportError:

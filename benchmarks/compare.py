@@ -37,6 +37,11 @@ from torch import Tensor  # noqa: E402
 
 import model_script as ms  # noqa: E402
 from baselines import SYSTEMS, classes  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
+from support.files import atomic_path, results_folder, write_csv  # noqa: E402
+from support.pictures import write_image  # noqa: E402
+from support.runtime import Runtime, choose_runtime  # noqa: E402
+from support.settings import OneLineParser, UserError, complain, read_config_file  # noqa: E402
 
 # by --minutes and the results folder
 GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")
@@ -88,7 +93,7 @@ def read_command_line(
 
     Raises UserError, before hours of training, for what will not do.
     """
-    parser = ms.OneLineParser(
+    parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=minutes, help="training of each")
@@ -101,24 +106,22 @@ def read_command_line(
     )
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
-        raise ms.UserError(f"--minutes must be above 0, got {arguments.minutes:g}")
+        raise UserError(f"--minutes must be above 0, got {arguments.minutes:g}")
     overrides = ms.typed_settings(
         ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
     )
     for key in GIVEN:
         if key in overrides:
-            raise ms.UserError(
-                f"--set {key}: --minutes and results_dir say that here; leave it out"
-            )
+            raise UserError(f"--set {key}: --minutes and results_dir say that here; leave it out")
     base = ms.apply_settings(ms.Config(), settings | overrides, "--set")
     weights = {}
     for name, _, path in (text.partition("=") for text in arguments.weights):
         if name not in systems:
-            raise ms.UserError(
+            raise UserError(
                 f"--weights {name}={path}: write NAME=FILE with one of the names"
                 f" {'; '.join(systems)}"
             )
-        ms.check_system(ms.load_checkpoint(path), path, classes(systems[name])[0])
+        ms.check_system(load_checkpoint(path), path, classes(systems[name])[0])
         weights[name] = Path(path)
     return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, base)
 
@@ -128,7 +131,7 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
     Ctrl-C ends it all."""
     model_class, config_class = classes(system)
     settings = (
-        ms.read_config_file(str(ROOT / SYSTEMS[system][3]))
+        read_config_file(str(ROOT / SYSTEMS[system][3]))
         | {"device": task.base.device}
         | task.overrides
     )
@@ -148,7 +151,7 @@ def training_speed(weights: Path) -> float:
     )
     if not checkpoints:
         return float("nan")
-    newest = ms.load_checkpoint(str(checkpoints[-1]))
+    newest = load_checkpoint(str(checkpoints[-1]))
     return (
         newest["training"]["step"]
         * newest["config"]["batch_size"]
@@ -199,7 +202,7 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
 def score(
     model: ms.System,
     config: ms.Config,
-    runtime: ms.Runtime,
+    runtime: Runtime,
     store: ms.PairStore,
     twins: list[bool | None],
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -239,7 +242,7 @@ def compare(task: Task) -> None:
     """Train or load, score, and write the comparison."""
     base, weights = task.base, task.weights
     store = ms.PairStore(ms.evaluation_pairs(base), base)
-    folder = ms.results_folder(base.results_dir, "comparison")
+    folder = results_folder(base.results_dir, "comparison")
     rows: list[dict[str, Any]] = []
     shown: dict[str, dict[str, Tensor]] = {}
     twins: list[bool | None] = [None] * len(store)
@@ -272,10 +275,10 @@ def compare(task: Task) -> None:
             "MiB_600x400": round(memory),
         }
         print(rows[-1], flush=True)
-        ms.write_csv(folder / "comparison.csv", rows)
+        write_csv(folder / "comparison.csv", rows)
     for name in ("gamma 0.4", "histogram equalisation"):
         means, low, shown[name], high = score(
-            Floor(name, base), base, ms.choose_runtime(base), store, twins
+            Floor(name, base), base, choose_runtime(base), store, twins
         )
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -285,9 +288,9 @@ def compare(task: Task) -> None:
             [low[name], *(pictures[name] for pictures in shown.values()), high[name]],
             ["input", *shown, "target"],
         )
-        ms.write_image(folder / "strips" / f"{name}.png", strip)
-    ms.write_csv(folder / "comparison.csv", rows)
-    with ms.atomic_path(folder / "comparison.md") as temporary:
+        write_image(folder / "strips" / f"{name}.png", strip)
+    write_csv(folder / "comparison.csv", rows)
+    with atomic_path(folder / "comparison.md") as temporary:
         temporary.write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows))
     print(f"{folder}: comparison.csv, comparison.md, strips/")
@@ -299,8 +302,8 @@ def main() -> int:
         compare(
             read_command_line(__doc__, 20, {name: name for name in SYSTEMS}, eval_size="128,128")
         )
-    except ms.UserError as error:
-        return ms.complain(error)
+    except UserError as error:
+        return complain(error)
     return 0
 
 

@@ -100,12 +100,13 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
     from train_speed import StandIn
 
     import model_script as ms
+    from support.pictures import to_tensor
 
     settings = dict(ms.parse_assignment(text, ms.Config) for text in assignments)
     model, config, runtime, _ = ms.load_model(checkpoint, settings, ms.ConditionalFlow, ms.Config)
     stand_in = StandIn().eval()
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    low = ms.to_tensor(pixels)[None]
+    low = to_tensor(pixels)[None]
 
     def timed(work: Callable[[], object]) -> float:
         started = time.perf_counter()

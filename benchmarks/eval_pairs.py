@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.pictures import to_tensor  # noqa: E402
+from support.runtime import Runtime  # noqa: E402
+from support.settings import UserError, complain  # noqa: E402
 
 
 class Bench(NamedTuple):
@@ -24,7 +27,7 @@ class Bench(NamedTuple):
 
     model: ms.ConditionalFlow
     config: ms.Config
-    runtime: ms.Runtime
+    runtime: Runtime
     store: ms.PairStore
 
     def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -50,14 +53,14 @@ def open_bench(description: str | None) -> Bench:
             arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
         )
         store = ms.PairStore(ms.evaluation_pairs(config), config)
-    except ms.UserError as error:
-        sys.exit(ms.complain(error))
+    except UserError as error:
+        sys.exit(complain(error))
     return Bench(model, config, runtime, store)
 
 
 def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
     """(1, 3, H, W) in [0, 1] on the model's device."""
-    return ms.to_tensor(pixels)[None].to(bench.runtime.device)
+    return to_tensor(pixels)[None].to(bench.runtime.device)
 
 
 @torch.no_grad()

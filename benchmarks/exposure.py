@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from eval_pairs import Bench, batch, enhance, open_bench
 
-import model_script as ms
+from support.metrics import ciede2000_of, match_mean, psnr_of, ssim_of
+from support.pictures import exposed, stops_to_mean
 
 
 @torch.no_grad()
@@ -46,15 +47,15 @@ def main() -> None:
     for _, low, high in bench.pairs():
         best, target = enhance(bench, low), high / 255
         levels = np.rint(best * 65535).astype(np.uint16)
-        light = ms.exposed(ms.stops_to_mean(levels, target.mean()))[levels]
-        ways = {"none": best, "gain": ms.match_mean(best, target), "light": light}
+        light = exposed(stops_to_mean(levels, target.mean()))[levels]
+        ways = {"none": best, "gain": match_mean(best, target), "light": light}
         ways["model"] = through_the_model(bench, low, target.mean())
         for name, picture in ways.items():
             picture = picture.clip(0, 1)
             score = (
-                ms.psnr_of(picture, target),
-                ms.ssim_of(picture, target),
-                ms.ciede2000_of(picture, target),
+                psnr_of(picture, target),
+                ssim_of(picture, target),
+                ciede2000_of(picture, target),
             )
             scores.setdefault(name, []).append(score)
     print("way     PSNR    SSIM  CIEDE2000")

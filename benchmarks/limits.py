@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.metrics import GREY, match_mean, psnr_of, ssim_of  # noqa: E402
+from support.pictures import to_tensor  # noqa: E402
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -68,17 +70,17 @@ def main() -> None:
         ("validation", held_out, validation),
     ):
         for index in chosen:
-            low, high = (ms.to_tensor(pixels) for pixels in pairs[index])
+            low, high = (to_tensor(pixels) for pixels in pairs[index])
             with runtime.autocast():
                 enhanced = model.enhance(low[None].to(runtime.device))[0].float().cpu()
             output, target = (image.permute(1, 2, 0).double().numpy() for image in (enhanced, high))
             pictures = {kind: output} | (altered(output, target) if kind == "validation" else {})
             for name, picture in pictures.items():
                 picture = picture.clip(0, 1)
-                stops = abs(np.log2((picture @ ms.GREY).mean() / (target @ ms.GREY).mean()))
-                helped = ms.psnr_of(ms.match_mean(picture, target), target)
+                stops = abs(np.log2((picture @ GREY).mean() / (target @ GREY).mean()))
+                helped = psnr_of(match_mean(picture, target), target)
                 rows[name].append(
-                    (ms.psnr_of(picture, target), ms.ssim_of(picture, target), helped, stops)
+                    (psnr_of(picture, target), ssim_of(picture, target), helped, stops)
                 )
     for name, scores in rows.items():
         psnr, ssim, helped, stops = np.mean(scores, axis=0)

@@ -29,6 +29,10 @@ from scipy.ndimage import gaussian_filter
 
 import model_script as ms
 from baselines import classes
+from support.files import results_folder, write_csv
+from support.metrics import image_metrics, psnr_of
+from support.pictures import to_tensor, write_image
+from support.settings import UserError, complain
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "split": {"training": "split"},
@@ -67,7 +71,7 @@ def findings(
         image[0].permute(1, 2, 0).double().numpy()
         for image in (model.enhance(small_low), small_high)
     ]
-    scores, zones = ms.image_metrics(*pictures), plain_zones(target)
+    scores, zones = image_metrics(*pictures), plain_zones(target)
     reflectance = model.pictures(small_low)["reflectance"]
     light = (reflectance * small_high).sum(1, keepdim=True) / (reflectance**2).sum(
         1, keepdim=True
@@ -76,7 +80,7 @@ def findings(
     return {
         "psnr": scores["psnr"],
         "ssim": scores["ssim"],
-        "best light": ms.psnr_of(lit, pictures[1]),
+        "best light": psnr_of(lit, pictures[1]),
         "relit": float(maps["relit"].mean()),
         "relit white": float((maps["relit"] >= 0.98).float().mean()),
         "white": white_share(ours),
@@ -90,7 +94,7 @@ def measure(task: Task) -> None:
     """Train or load each variant, measure, write."""
     base, weights = task.base, task.weights
     store = ms.PairStore(ms.evaluation_pairs(base), base)
-    folder = ms.results_folder(base.results_dir, "retinexnet_findings")
+    folder = results_folder(base.results_dir, "retinexnet_findings")
     table = []
     for name in task.only:
         plain = name.replace(", ", "_")
@@ -102,20 +106,20 @@ def measure(task: Task) -> None:
         )
         rows = []
         for index in range(len(store)):
-            low, high = (ms.to_tensor(pixels)[None] for pixels in store[index])
+            low, high = (to_tensor(pixels)[None] for pixels in store[index])
             row, pictures = findings(model, low, high)
             rows.append(row)
             if index % 10 == 0:
                 strip = ms.triptych(
                     pictures, ["input", "reflectance", "relit", "enhanced", "target"]
                 )
-                ms.write_image(folder / f"{plain}_{store.pairs[index].low.stem}.png", strip)
+                write_image(folder / f"{plain}_{store.pairs[index].low.stem}.png", strip)
         table.append(
             {"variant": name}
             | {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
         )
         print(table[-1], flush=True)
-        ms.write_csv(folder / "findings.csv", table)
+        write_csv(folder / "findings.csv", table)
     print(markdown(table) + f"{folder}: findings.csv, *.png")
 
 
@@ -123,8 +127,8 @@ def main() -> int:
     """The variants that the command line asks for; returns the exit status."""
     try:
         measure(read_command_line(__doc__, 10, dict.fromkeys(VARIANTS, "RetinexNet")))
-    except ms.UserError as error:
-        return ms.complain(error)
+    except UserError as error:
+        return complain(error)
     return 0
 
 

@@ -39,6 +39,8 @@ import numpy as np
 import torch
 
 import model_script as ms
+from support.checkpoints import load_checkpoint, newest_checkpoint
+from support.metrics import ssim_of
 
 # the last two are the writes of those files
 MOMENTS = ("any", "step", "validation", "checkpoint", "best")
@@ -62,12 +64,12 @@ def import_late_parts() -> None:
     for name in ("torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.tensorflow_stub"):
         importlib.import_module(name)
     black = np.zeros((16, 16, 3))
-    ms.ssim_of(black, black)
+    ssim_of(black, black)
 
 
 def newest(folder: Path) -> int:
     """The step of the checkpoint that a resumed run starts from; 0 without any."""
-    path = ms.newest_checkpoint(folder)
+    path = newest_checkpoint(folder)
     return int(torch.load(path, weights_only=True)["training"]["step"]) if path else 0
 
 
@@ -99,7 +101,7 @@ def start(config: str, folder: Path) -> tuple[int, TextIO]:
     announce(ms.Trainer, "save_epoch", writer, lambda trainer, *_: ("epoch", trainer.step))
     announce(ms, "save_checkpoint", writer, lambda path, content: (path.stem.split("_")[0], 0))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-        resume = ["--resume", str(folder)] if ms.newest_checkpoint(folder) else []
+        resume = ["--resume", str(folder)] if newest_checkpoint(folder) else []
         status = ms.main(["--mode", "train", "--config", config, *resume])
     if status:
         os.write(2, said.getvalue().encode())
@@ -173,7 +175,7 @@ def main() -> None:
     for number in range(kills):
         told = kill_once(MOMENTS[number % len(MOMENTS)], config, folder, rng)
         for path in folder.glob("[!.]*.pth"):  # whatever has its name is whole
-            ms.load_checkpoint(str(path))
+            load_checkpoint(str(path))
         print(json.dumps(told | {"found": newest(folder)}), flush=True)
     child, stream = start(config, folder)
     with stream:

@@ -128,16 +128,19 @@ MUTANTS = [
         "yellow_blue = (image[..., 0] + image[..., 1]) / 2 - image",
         "yellow_blue = (image[..., 0] + image[..., 1]) - image",
         METRICS,
+        "support/metrics.py",
     ),
     Mutant(
         "a, b = (np.sort(image.reshape(-1, 3), axis=0)",
         "a, b = (np.sort(image.reshape(-1, 3), axis=1)",
         METRICS,
+        "support/metrics.py",
     ),
     Mutant(
         "np.clip(enhanced * ((high @ GREY).mean()",
         "np.clip(enhanced + ((high @ GREY).mean()",
         METRICS,
+        "support/metrics.py",
     ),
     Mutant(".min() <= tolerance", ".max() <= tolerance", METRICS),
     # training and resuming
@@ -161,11 +164,17 @@ MUTANTS = [
         TRAINING,
     ),
     Mutant('better = means["psnr"] > self.best', 'better = means["psnr"] < self.best', TRAINING),
-    Mutant("os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())", "test_kill"),
+    Mutant(
+        "os.replace(temporary, path)",
+        "path.write_bytes(temporary.read_bytes())",
+        "test_kill",
+        "support/files.py",
+    ),
     Mutant(
         "len(chunk) / len(batch)) for chunk in chunks]",
         "1 / len(chunks)) for chunk in chunks]",
         "test_processes",
+        "support/processes.py",
     ),
     # baselines
     Mutant('"exchanged": 0.001 *', '"exchanged": 0.01 *', *RETINEX),

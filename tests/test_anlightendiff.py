@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import anlightendiff as ad
+from support.decoding import read_image
+from support.settings import UserError, read_config_file
 
 SMALL = dict(width=8, multipliers=[1, 2], timesteps=10, sampling_steps=3)
 
@@ -641,7 +643,7 @@ def test_every_mode_and_an_exact_resume(data: Path, tmp_path: Path) -> None:
     for output in outputs:
         assert run(data, folder, "--mode", "enhance", "--input", low, "--output", output) == 0
     assert Path(outputs[0]).read_bytes() == Path(outputs[1]).read_bytes()
-    assert ms.read_image(outputs[0]).shape == ms.read_image(low).shape
+    assert read_image(outputs[0]).shape == read_image(low).shape
     assert (
         run(
             data,
@@ -765,7 +767,7 @@ def test_the_lion_package_trains_and_resumes(data: Path, tmp_path: Path) -> None
 
 def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> None:
     recipe = ROOT / "baselines" / "anlightendiff.json"
-    config = ms.apply_settings(ad.AnlightenConfig(), ms.read_config_file(str(recipe)), str(recipe))
+    config = ms.apply_settings(ad.AnlightenConfig(), read_config_file(str(recipe)), str(recipe))
     assert config.checkpoint_dir == "checkpoints/anlightendiff" and config.image_size == [128, 128]
     assert sum(p.numel() for p in ad.AnlightenDiff(config).parameters()) < 2e6
     command = [
@@ -787,5 +789,5 @@ def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> Non
 
 def test_levels_without_end_are_refused() -> None:
     assert len(ad.AnlightenConfig(multipliers=[1] * 8).multipliers) == 8
-    with pytest.raises(ms.UserError, match="at most 8 levels, got 9"):
+    with pytest.raises(UserError, match="at most 8 levels, got 9"):
         ad.AnlightenConfig(multipliers=[1] * 9)

@@ -19,6 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 import model_script as ms
+from support.pictures import to_tensor
 
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(
@@ -198,7 +199,7 @@ def test_comparison_trains_scores_and_shows_every_system(
     expected = []
     for path in sorted((tmp_path / "data" / "eval" / "low").iterdir()):
         low, high = (
-            ms.to_tensor(np.asarray(Image.open(p)))[None]
+            to_tensor(np.asarray(Image.open(p)))[None]
             for p in (path, path.parent.parent / "high" / path.name)
         )
         low, high = (ms.resize(image, [64, 64], quantise=True).double() for image in (low, high))

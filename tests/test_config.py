@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import model_script as ms
+from support.settings import UserError, allowed, parse_eval_size
 
 PUBLISHED = {
     "device": "cpu",
@@ -38,7 +39,7 @@ def apply(**settings: object) -> ms.Config:
 
 def refusal(**settings: object) -> str:
     """The one line with which the settings are refused."""
-    with pytest.raises(ms.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         apply(**settings)
     return str(caught.value)
 
@@ -49,7 +50,7 @@ def parse(*argv: str) -> dict[str, object]:
 
 
 def parse_refusal(*argv: str) -> str:
-    with pytest.raises(ms.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         ms.parse_command_line(list(argv))
     assert caught.value.status == 2
     return str(caught.value)
@@ -85,7 +86,7 @@ def test_every_key_is_documented_and_bounded(name: str) -> None:
         assert low is high is None
     else:
         assert low < high
-        assert f"[{low:g}, {high:g}]" in ms.allowed(key)
+        assert f"[{low:g}, {high:g}]" in allowed(key)
 
 
 def test_defaults_are_not_shared() -> None:
@@ -103,7 +104,7 @@ def test_help_shows_every_key_with_default_meaning_and_range(
     for name, key in FIELDS.items():
         entry = (
             f"  {name} = {json.dumps(getattr(ms.Config(), name))}\n      {key.metadata['meaning']}"
-            f" ({ms.allowed(key)})\n"
+            f" ({allowed(key)})\n"
         )
         assert entry in shown + "\n"
     for flag in ("--mode", "--config", "--set", "--checkpoint", "--resume", "--input", "--output"):
@@ -125,7 +126,7 @@ def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str 
     assert line.startswith(f"here: unknown key {name}")
     named = line.split("nearest is ")[1].split(" ")[0]
     assert named == nearest if nearest else named in FIELDS
-    assert f"({ms.allowed(FIELDS[named])})" in line
+    assert f"({allowed(FIELDS[named])})" in line
 
 
 WRONG = {
@@ -214,7 +215,7 @@ def test_both_ends_of_every_range(name: str) -> None:
         assert ms.coerce(key, [inside] if is_list else inside, "here") == (
             [inside] if is_list else inside
         )
-        with pytest.raises(ms.UserError, match=name):
+        with pytest.raises(UserError, match=name):
             ms.coerce(key, [beyond] if is_list else beyond, "here")
 
 
@@ -281,7 +282,7 @@ def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
     ],
 )
 def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
-    assert ms.parse_eval_size(text) == expected
+    assert parse_eval_size(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -302,8 +303,8 @@ def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
     ],
 )
 def test_parse_eval_size_refuses(text: str) -> None:
-    with pytest.raises(ms.UserError, match="eval_size must be auto, native or height,width"):
-        ms.parse_eval_size(text)
+    with pytest.raises(UserError, match="eval_size must be auto, native or height,width"):
+        parse_eval_size(text)
 
 
 @pytest.mark.parametrize(

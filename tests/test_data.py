@@ -15,6 +15,10 @@ from conftest import smooth_scene, write_pairs
 from PIL import Image
 
 import model_script as ms
+from support.decoding import SUFFIXES, read_image
+from support.folders import natural_key
+from support.pictures import to_tensor, to_uint8, write_image
+from support.settings import UserError
 
 MakePairs = Callable[..., tuple[Path, Path]]
 PLAIN = dict(window_min=1.0, flips=False, exposure_gain=0.0, channel_gain=0.0)
@@ -50,30 +54,30 @@ def png16(path: Path, values: np.ndarray, colour_type: int) -> None:
 def test_lossless_formats_are_read_exactly(tmp_path: Path, suffix: str) -> None:
     scene = smooth_scene(0, 20, 30)
     Image.fromarray(scene).save(tmp_path / f"a{suffix}")
-    np.testing.assert_array_equal(ms.read_image(tmp_path / f"a{suffix}"), scene)
+    np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}"), scene)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp"])
 def test_written_pictures_are_read_back(tmp_path: Path, suffix: str) -> None:
     scene = smooth_scene(0, 20, 30)
-    ms.write_image(tmp_path / "new" / f"a{suffix}", ms.to_tensor(scene))
-    difference = np.abs(ms.read_image(tmp_path / "new" / f"a{suffix}").astype(int) - scene).mean()
+    write_image(tmp_path / "new" / f"a{suffix}", to_tensor(scene))
+    difference = np.abs(read_image(tmp_path / "new" / f"a{suffix}").astype(int) - scene).mean()
     assert difference == 0 if suffix in (".png", ".bmp", ".tif") else difference < 8
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"a{suffix}"]
 
 
 def test_writing_rounds_to_the_nearest_level(tmp_path: Path) -> None:
     values = torch.tensor([0.0, 0.4, 0.6, 100.49, 100.51, 254.6]) / 255
-    ms.write_image(tmp_path / "a.png", values.expand(3, 1, 6))
-    assert ms.read_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 0, 1, 100, 101, 255]
+    write_image(tmp_path / "a.png", values.expand(3, 1, 6))
+    assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 0, 1, 100, 101, 255]
 
 
 def test_tensors_and_pixels_convert_both_ways() -> None:
     scene = smooth_scene(0, 5, 7)
-    tensor = ms.to_tensor(scene)
+    tensor = to_tensor(scene)
     assert tensor.shape == (3, 5, 7)
     assert float(tensor[2, 4, 6]) == pytest.approx(scene[4, 6, 2] / 255)
-    np.testing.assert_array_equal(ms.to_uint8(tensor), scene)
+    np.testing.assert_array_equal(to_uint8(tensor), scene)
 
 
 ORIENTED = {  # EXIF orientation -> what a viewer must do to the stored pixels
@@ -92,7 +96,7 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    read, expected = ms.read_image(tmp_path / "a.jpg"), ORIENTED[orientation](stored)
+    read, expected = read_image(tmp_path / "a.jpg"), ORIENTED[orientation](stored)
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 3
 
@@ -100,9 +104,7 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int) -> None:
 def test_grey_is_repeated(tmp_path: Path) -> None:
     grey = smooth_scene(0, 16, 16)[..., 0]
     Image.fromarray(grey).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(
-        ms.read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, 2)
-    )
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, 2))
 
 
 def test_palette_is_looked_up(tmp_path: Path) -> None:
@@ -112,14 +114,14 @@ def test_palette_is_looked_up(tmp_path: Path) -> None:
     picture.putpalette(palette.tobytes())
     picture.save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode == "P"
-    np.testing.assert_array_equal(ms.read_image(tmp_path / "a.png"), palette[indices])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), palette[indices])
 
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
 def test_alpha_is_dropped(tmp_path: Path, alpha: int) -> None:
     scene = smooth_scene(0, 16, 16)
     Image.fromarray(np.dstack([scene, np.full((16, 16), alpha, np.uint8)])).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(ms.read_image(tmp_path / "a.png"), scene)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), scene)
 
 
 def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
     Image.fromarray(bits).save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode == "1"
     np.testing.assert_array_equal(
-        ms.read_image(tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255)
+        read_image(tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255)
     )
 
 
@@ -137,7 +139,7 @@ def test_16_bit_grey_is_rounded_to_8(tmp_path: Path, suffix: str) -> None:
     for shift in (-128, 0, 128):
         values = np.clip(257 * levels + shift, 0, 65535).astype(np.uint16)
         Image.fromarray(values).save(tmp_path / f"a{suffix}")
-        np.testing.assert_array_equal(ms.read_image(tmp_path / f"a{suffix}")[..., 1], levels)
+        np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}")[..., 1], levels)
 
 
 @pytest.mark.parametrize(("channels", "colour_type"), [(2, 4), (3, 2), (4, 6)])
@@ -147,13 +149,13 @@ def test_16_bit_colour_and_alpha_keep_their_levels(
     levels = np.random.default_rng(0).integers(0, 256, (16, 16, channels))
     png16(tmp_path / "a.png", 257 * levels, colour_type)
     expected = levels[..., :3] if channels > 2 else np.repeat(levels[..., :1], 3, 2)
-    np.testing.assert_array_equal(ms.read_image(tmp_path / "a.png"), expected)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
 
 
 def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ms.UserError, match=r"a\.tif"):
-        ms.read_image(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif"):
+        read_image(tmp_path / "a.tif")
 
 
 def encoded(kind: str) -> bytes:
@@ -181,16 +183,16 @@ BROKEN: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_pictures_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BROKEN[name])
-    with pytest.raises(ms.UserError) as caught:
-        ms.read_image(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        read_image(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert caught.value.status == 2
 
 
 def test_missing_pictures_and_folders_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(ms.UserError) as caught:
-            ms.read_image(path)
+        with pytest.raises(UserError) as caught:
+            read_image(path)
         assert str(path) in str(caught.value)
 
 
@@ -203,8 +205,8 @@ def test_damaged_bytes_give_a_picture_or_a_user_error(tmp_path: Path, kind: str)
             data[place] = rng.integers(0, 256)
         (tmp_path / "a.png").write_bytes(data)
         try:
-            assert ms.read_image(tmp_path / "a.png").shape[2] == 3
-        except ms.UserError:
+            assert read_image(tmp_path / "a.png").shape[2] == 3
+        except UserError:
             refused += 1
     assert refused > 0
 
@@ -214,7 +216,7 @@ def test_damaged_bytes_give_a_picture_or_a_user_error(tmp_path: Path, kind: str)
 
 def test_pairs_over_all_suffixes_in_any_case(tmp_path: Path) -> None:
     suffixes = [".png", ".JPG", ".Jpeg", ".bmp", ".TIF", ".tiff", ".WebP"]
-    assert {suffix.lower() for suffix in suffixes} == set(ms.SUFFIXES)
+    assert {suffix.lower() for suffix in suffixes} == set(SUFFIXES)
     for folder, shift in (("low", 0), ("high", 3)):
         (tmp_path / folder).mkdir()
         for place in range(len(suffixes)):
@@ -261,20 +263,20 @@ def test_orphans_are_counted_and_named_on_both_sides(make_pairs: MakePairs) -> N
 def test_two_files_of_one_stem_are_refused(make_pairs: MakePairs) -> None:
     low, high = make_pairs(3)
     (high / "2.JPG").write_bytes((high / "2.png").read_bytes())
-    with pytest.raises(ms.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         pairs_in((low, high))
     assert "2.png" in str(caught.value) and "2.JPG" in str(caught.value)
 
 
 def test_folders_that_pair_nothing_are_refused(tmp_path: Path, make_pairs: MakePairs) -> None:
     low, high = make_pairs(2)
-    with pytest.raises(ms.UserError, match="train_high_dir"):
+    with pytest.raises(UserError, match="train_high_dir"):
         pairs_in((low, tmp_path / "missing"))
-    with pytest.raises(ms.UserError, match="train_low_dir"):
+    with pytest.raises(UserError, match="train_low_dir"):
         pairs_in((tmp_path / "missing", high))
     for path in high.iterdir():
         path.rename(high / f"target_{path.name}")
-    with pytest.raises(ms.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         pairs_in((low, high))
     assert str(low) in str(caught.value) and str(high) in str(caught.value)
 
@@ -287,7 +289,7 @@ def test_natural_order(tmp_path: Path) -> None:
             (tmp_path / folder / f"{stem}.png").write_bytes(b"x")
     assert [pair.name for pair in pairs_in((tmp_path / "low", tmp_path / "high"))] == stems
     takes = ["img2_1", "img2_9", "img2_10", "img10_1"]
-    assert sorted(sorted(takes), key=ms.natural_key) == takes
+    assert sorted(sorted(takes), key=natural_key) == takes
 
 
 def test_names_with_unusual_digits_are_no_obstacle(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ SPOILED = ["sizes", "small", *(f"{side}:{name}" for side in ("low", "high") for 
 def test_a_bad_pair_stops_the_run_or_is_left_out(make_pairs: MakePairs, how: str) -> None:
     folders = make_pairs(3)
     named = break_pair(*folders, how)
-    with pytest.raises(ms.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         store_of(folders)
     assert str(named) in str(caught.value)
     assert "on_bad_file=skip" in str(caught.value)
@@ -335,13 +337,13 @@ def test_a_bad_pair_stops_the_run_or_is_left_out(make_pairs: MakePairs, how: str
     assert [pair.name for pair in store.pairs] == ["1", "3"]
     assert len(messages) == 1 and str(named) in messages[0]
     assert len(store) == len(store.thumbnails) == 2
-    np.testing.assert_array_equal(store[1][1], ms.read_image(folders[1] / "3.png"))
+    np.testing.assert_array_equal(store[1][1], read_image(folders[1] / "3.png"))
 
 
 def test_sizes_that_differ_are_both_told(make_pairs: MakePairs) -> None:
     folders = make_pairs(2)
     break_pair(*folders, "sizes")
-    with pytest.raises(ms.UserError, match=r"32x32 against 40x32.*high"):
+    with pytest.raises(UserError, match=r"32x32 against 40x32.*high"):
         store_of(folders)
 
 
@@ -349,7 +351,7 @@ def test_nothing_left_after_skipping_is_an_error(make_pairs: MakePairs) -> None:
     low, high = make_pairs(2)
     for path in low.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ms.UserError, match="not one"):
+    with pytest.raises(UserError, match="not one"):
         store_of((low, high), on_bad_file="skip")
 
 
@@ -359,7 +361,7 @@ def test_the_cache_limit_changes_no_pixel(make_pairs: MakePairs) -> None:
     assert [len(store._cache) for store in (cached, some, none)] == [4, 1, 0]
     for index in range(4):
         for place, folder in enumerate(folders):
-            expected = ms.read_image(folder / f"{index + 1}.png")
+            expected = read_image(folder / f"{index + 1}.png")
             for store in (cached, some, none):
                 np.testing.assert_array_equal(store[index][place], expected)
 
@@ -432,7 +434,7 @@ def test_split_holds_out_the_fraction_of_single_scenes(fraction: float, held_out
 
 
 def test_one_scene_cannot_be_split() -> None:
-    with pytest.raises(ms.UserError, match="val_low_dir"):
+    with pytest.raises(UserError, match="val_low_dir"):
         ms.split_by_scene(np.stack([smooth_scene(0, 16, 16)] * 3), ms.Config())
 
 
@@ -445,7 +447,7 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
     config = ms.Config(**folders, val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
     store, training, other, validation = ms.training_data(config)
     assert (training, validation) == ([0, 1, 2, 3], [0, 1])
-    np.testing.assert_array_equal(other[1][0], ms.read_image(held_out[0] / "2.png"))
+    np.testing.assert_array_equal(other[1][0], read_image(held_out[0] / "2.png"))
     store, training, other, validation = ms.training_data(ms.Config(**folders, val_fraction=0.25))
     assert other is store and len(training) == 3 and len(validation) == 1
 
@@ -539,7 +541,7 @@ def test_plain_settings_give_the_file_itself(make_pairs: MakePairs) -> None:
     folders = make_pairs(2, size=(32, 48))
     samples = samples_of(folders, **PLAIN, image_size=[32, 48])
     for place, folder in enumerate(folders):
-        expected = ms.read_image(folder / "2.png").transpose(2, 0, 1) / 255
+        expected = read_image(folder / "2.png").transpose(2, 0, 1) / 255
         np.testing.assert_allclose(samples[5, 1][place].numpy(), expected, atol=1e-6)
     assert samples[5, 1].box.tolist() == [0, 0, 1, 1]
 
@@ -566,13 +568,13 @@ def test_plain_settings_give_the_resized_picture(
 def test_native_crops_are_windows_of_the_file(make_pairs: MakePairs) -> None:
     folders = make_pairs(1, size=(64, 80))
     samples = samples_of(folders, **PLAIN, crop_size=32, crop_scales=[1.0])
-    whole = ms.read_image(folders[1] / "1.png")
+    whole = read_image(folders[1] / "1.png")
     for epoch in range(6):
         sample = samples[epoch, 0]
         left, top, right, bottom = (
             round(float(b) * side) for b, side in zip(sample.box, (80, 64, 80, 64), strict=True)
         )
-        np.testing.assert_array_equal(ms.to_uint8(sample.high), whole[top:bottom, left:right])
+        np.testing.assert_array_equal(to_uint8(sample.high), whole[top:bottom, left:right])
 
 
 def test_a_crop_larger_than_the_picture_is_enlarged(make_pairs: MakePairs) -> None:
@@ -706,12 +708,12 @@ def test_a_whole_draw_is_the_picture_at_image_size(make_pairs: MakePairs) -> Non
 
 @pytest.mark.parametrize("quantise", [False, True])
 def test_resize_to_its_own_size_keeps_the_picture(quantise: bool) -> None:
-    image = ms.to_tensor(smooth_scene(0, 20, 30))[None]
+    image = to_tensor(smooth_scene(0, 20, 30))[None]
     torch.testing.assert_close(ms.resize(image, (20, 30), quantise), image, atol=1e-6, rtol=0)
 
 
 def test_resize_quantises_on_request_only() -> None:
-    image = ms.to_tensor(smooth_scene(0, 20, 30))[None]
+    image = to_tensor(smooth_scene(0, 20, 30))[None]
     plain, quantised = (ms.resize(image, [16, 16], quantise) for quantise in (False, True))
     assert (plain * 255 - (plain * 255).round()).abs().max() > 0.1
     torch.testing.assert_close(quantised * 255, (plain * 255).round(), atol=1e-4, rtol=0)

@@ -12,20 +12,22 @@ from cli_tools import assert_one_line_error, run_script, target_picture
 from PIL import Image
 
 import model_script as ms
+from support.pictures import linear_to_srgb, srgb_to_linear
+from support.simulated import DEMO_TEST, DEMO_TRAIN, demo_crops, simulate_infrared
 
 
 def test_srgb_round_trip() -> None:
     values = np.linspace(0, 1, 1001)
-    assert np.allclose(ms.linear_to_srgb(ms.srgb_to_linear(values)), values, atol=1e-6)
-    assert np.allclose(ms.srgb_to_linear(ms.linear_to_srgb(values)), values, atol=1e-6)
+    assert np.allclose(linear_to_srgb(srgb_to_linear(values)), values, atol=1e-6)
+    assert np.allclose(srgb_to_linear(linear_to_srgb(values)), values, atol=1e-6)
     # IEC 61966-2-1: middle grey 0.5 is 0.2140 in linear light
-    assert float(ms.srgb_to_linear(np.array(0.5))) == pytest.approx(0.21404, abs=1e-5)
-    assert float(ms.linear_to_srgb(np.array(0.0031308))) == pytest.approx(0.04045, abs=1e-5)
+    assert float(srgb_to_linear(np.array(0.5))) == pytest.approx(0.21404, abs=1e-5)
+    assert float(linear_to_srgb(np.array(0.0031308))) == pytest.approx(0.04045, abs=1e-5)
 
 
 def test_the_simulated_sensor_is_dark_and_reddish() -> None:
     grey = np.full((64, 64, 3), 128, np.uint8)
-    dark = ms.simulate_infrared(grey, np.random.default_rng(0))
+    dark = simulate_infrared(grey, np.random.default_rng(0))
     assert dark.shape == grey.shape and dark.dtype == np.uint8
     red, green, blue = dark.reshape(-1, 3).mean(0)
     assert red > blue > green
@@ -34,7 +36,7 @@ def test_the_simulated_sensor_is_dark_and_reddish() -> None:
 
 def test_the_simulated_sensor_keeps_the_picture() -> None:
     high = target_picture(0, 64, 64)
-    dark = ms.simulate_infrared(high, np.random.default_rng(0))
+    dark = simulate_infrared(high, np.random.default_rng(0))
     assert (dark.mean((0, 1)) < high.mean((0, 1))).all()
     assert np.corrcoef(dark.mean(2).ravel(), high.mean(2).ravel())[0, 1] > 0.7
 
@@ -42,7 +44,7 @@ def test_the_simulated_sensor_keeps_the_picture() -> None:
 def test_the_simulated_sensor_follows_its_seed() -> None:
     high = target_picture(1, 64, 64)
     first, again, other = (
-        ms.simulate_infrared(high, np.random.default_rng(seed)) for seed in (3, 3, 4)
+        simulate_infrared(high, np.random.default_rng(seed)) for seed in (3, 3, 4)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -50,7 +52,7 @@ def test_the_simulated_sensor_follows_its_seed() -> None:
 
 def test_demo_crops_follow_their_seed_and_size() -> None:
     draws = [
-        list(ms.demo_crops("chelsea", 3, 48, recolour, np.random.default_rng(7)))
+        list(demo_crops("chelsea", 3, 48, recolour, np.random.default_rng(7)))
         for recolour in (False, False, True)
     ]
     assert all(
@@ -58,7 +60,7 @@ def test_demo_crops_follow_their_seed_and_size() -> None:
     )
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
-    assert not set(ms.DEMO_TRAIN) & set(ms.DEMO_TEST)
+    assert not set(DEMO_TRAIN) & set(DEMO_TEST)
 
 
 def test_the_demo_refuses_a_checkpoint(tmp_path: Path) -> None:

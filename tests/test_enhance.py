@@ -29,8 +29,14 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 import model_script as ms
+from support.checkpoints import save_checkpoint
+from support.decoding import ORIENTATION, Picture, read_image, read_picture
+from support.folders import ENHANCE_COLUMNS
+from support.pictures import encode_png16, exposed, srgb_to_linear, stops_to_mean, to_tensor
+from support.runtime import Runtime
+from support.tiles import latent_noise, plan_tiles
 
-CPU = ms.Runtime(torch.device("cpu"), torch.float32)
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
@@ -63,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that changes its input visibly."""
     path = tmp_path_factory.mktemp("weights") / "best_model.pth"
     model = small_model(flow_channels=8, num_flow_blocks=1)
-    ms.save_checkpoint(
+    save_checkpoint(
         path,
         {
             "config": dataclasses.asdict(model.config),
@@ -106,7 +112,7 @@ def test_tiles_leave_no_seam(size: tuple[int, int], depth: type) -> None:
     """The promise is 1e-3 in fp32 at every pixel; what is measured is the rounding to 16 bits."""
     model, pixels = small_model(), noise_picture(*size, depth)
     with torch.no_grad():
-        whole = model.enhance(ms.to_tensor(pixels)[None])[0].permute(1, 2, 0).numpy()
+        whole = model.enhance(to_tensor(pixels)[None])[0].permute(1, 2, 0).numpy()
     tiled = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=64), CPU)
     assert tiled.best.shape == pixels.shape and tiled.best.dtype == np.uint16
     assert tiled.samples == [] and tiled.deviation is None
@@ -168,7 +174,7 @@ def test_tiles_cover_every_pixel_once_and_are_of_one_size(
 ) -> None:
     seen = np.zeros((height, width), np.uint8)
     sizes = set()
-    for core, outer in ms.plan_tiles(height, width, side, halo):
+    for core, outer in plan_tiles(height, width, side, halo):
         seen[core[0] : core[1], core[2] : core[3]] += 1
         # strides and squeezes fall on the same pixels as in the whole picture
         assert outer[0] % 8 == outer[2] % 8 == 0
@@ -196,20 +202,20 @@ def test_thumbnail_in_bands_is_the_thumbnail(size: tuple[int, int]) -> None:
     pixels = noise_picture(*size)
     torch.testing.assert_close(
         ms.whole_thumbnail(pixels, 32),
-        ms.resize(ms.to_tensor(pixels)[None], (32, 32)),
+        ms.resize(to_tensor(pixels)[None], (32, 32)),
         atol=1e-6,
         rtol=0,
     )
 
 
 def test_noise_is_one_endless_field_of_normal_values() -> None:
-    field = ms.latent_noise((1, 2), 0, 0, 150, 140)
+    field = latent_noise((1, 2), 0, 0, 150, 140)
     torch.testing.assert_close(
-        ms.latent_noise((1, 2), 60, 33, 70, 90), field[:, :, 60:130, 33:123], atol=0, rtol=0
+        latent_noise((1, 2), 60, 33, 70, 90), field[:, :, 60:130, 33:123], atol=0, rtol=0
     )
     assert field.shape == (1, 48, 150, 140)
     assert abs(float(field.mean())) < 0.01 and abs(float(field.std()) - 1) < 0.01
-    assert not torch.equal(field, ms.latent_noise((1, 3), 0, 0, 150, 140))
+    assert not torch.equal(field, latent_noise((1, 3), 0, 0, 150, 140))
 
 
 class Plain(ms.System):
@@ -237,7 +243,7 @@ def test_the_memory_layout_changes_nothing() -> None:
     assert next(
         p for p in other.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1
     ).is_contiguous(memory_format=torch.channels_last)
-    low = ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
+    low = to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(plain.enhance(low), other.enhance(low), atol=1e-5, rtol=0)
     one, two = (gradients(model, model.losses, low) for model in (plain, other))
@@ -250,7 +256,7 @@ def test_the_memory_layout_changes_nothing() -> None:
     reason="torch.compile needs a C++ compiler",
 )
 def test_a_compiled_model_gives_the_same() -> None:
-    model, low = small_model(), ms.to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
+    model, low = small_model(), to_tensor(noise_picture(48, 64))[None].repeat(2, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(
             torch.compile(model.enhance)(low), model.enhance(low), atol=1e-4, rtol=0
@@ -343,15 +349,13 @@ def test_exposure_is_a_gain_in_linear_light() -> None:
         expected = np.where(
             brighter <= 0.0031308, 12.92 * brighter, 1.055 * brighter ** (1 / 2.4) - 0.055
         )
-        np.testing.assert_allclose(ms.exposed(stops), expected, atol=1e-9)
+        np.testing.assert_allclose(exposed(stops), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("mean", [0.1, 0.4, 0.8])
 def test_stops_to_mean_reach_the_mean(mean: float) -> None:
     pixels = noise_picture(60, 50, np.uint16) // 2
-    assert ms.exposed(ms.stops_to_mean(pixels, mean))[pixels].mean() == pytest.approx(
-        mean, abs=1e-4
-    )
+    assert exposed(stops_to_mean(pixels, mean))[pixels].mean() == pytest.approx(mean, abs=1e-4)
 
 
 def test_exposure_and_reference_reach_the_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -367,10 +371,7 @@ def test_exposure_and_reference_reach_the_file(checkpoint: Path, tmp_path: Path)
         assert enhance(checkpoint, low, tmp_path / f"{name}.png", setting) == 0
         found[name] = skimage.io.imread(tmp_path / f"{name}.png").astype(float)
     assert found["dark"].mean() < found["plain"].mean() < found["bright"].mean()
-    gain = (
-        ms.srgb_to_linear(found["dark"] / 255).mean()
-        / ms.srgb_to_linear(found["plain"] / 255).mean()
-    )
+    gain = srgb_to_linear(found["dark"] / 255).mean() / srgb_to_linear(found["plain"] / 255).mean()
     assert gain == pytest.approx(0.5, abs=0.02)
     assert found["like"].mean() == pytest.approx(90, abs=0.6)
     assert enhance(checkpoint, low, tmp_path / "x.png", "reference=nowhere.png") == 2
@@ -385,15 +386,15 @@ def test_orientation_is_applied_once_and_reset(
     checkpoint: Path, tmp_path: Path, orientation: int, suffix: str
 ) -> None:
     exif = Image.Exif()
-    exif[ms.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     exif[0x010F] = "Maker"
     source = save_picture(tmp_path / f"low.{suffix}", target_picture(3, 24, 40), exif=exif)
-    picture = ms.read_picture(source)
-    assert np.array_equal(picture.pixels, ms.read_image(source))  # Pillow is the referee there
+    picture = read_picture(source)
+    assert np.array_equal(picture.pixels, read_image(source))  # Pillow is the referee there
     assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
     with Image.open(tmp_path / f"out.{suffix}") as out:
         assert out.size == picture.pixels.shape[1::-1]
-        assert out.getexif().get(ms.ORIENTATION, 1) == 1 and out.getexif()[0x010F] == "Maker"
+        assert out.getexif().get(ORIENTATION, 1) == 1 and out.getexif()[0x010F] == "Maker"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
@@ -424,22 +425,22 @@ def test_16_bits_in_give_16_bits_out(
             extrasamples=["unassalpha"] if channels == 4 else None,
         )
     else:
-        source.write_bytes(ms.encode_png16(pixels.squeeze(), ms.Picture(pixels)))
-    picture = ms.read_picture(source)
+        source.write_bytes(encode_png16(pixels.squeeze(), Picture(pixels)))
+    picture = read_picture(source)
     assert picture.pixels.dtype == np.uint16
     assert np.array_equal(
         picture.pixels, np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[..., :3]
     )
     assert (picture.note != "") == (channels == 1)
     assert enhance(checkpoint, source, tmp_path / f"out.{suffix}") == 0
-    out = ms.read_picture(tmp_path / f"out.{suffix}")
+    out = read_picture(tmp_path / f"out.{suffix}")
     # the lower byte is alive
     assert out.pixels.dtype == np.uint16 and len(np.unique(out.pixels % 257)) > 50
     assert (out.alpha is not None) == (channels == 4)
     if channels == 4:
         assert np.array_equal(out.alpha, pixels[..., 3])
     assert enhance(checkpoint, source, tmp_path / "out.jpg") == 0
-    assert ms.read_picture(tmp_path / "out.jpg").pixels.dtype == np.uint8
+    assert read_picture(tmp_path / "out.jpg").pixels.dtype == np.uint8
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3), (9, 7, 4)])
@@ -450,7 +451,7 @@ def test_16_bit_png_is_read_by_others(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(1).integers(0, 65536, shape).astype(np.uint16)
     exif = Image.Exif()
     exif[0x010F] = "Maker"
-    data = ms.encode_png16(pixels, ms.Picture(pixels, icc=b"profile" * 9, exif=exif.tobytes()))
+    data = encode_png16(pixels, Picture(pixels, icc=b"profile" * 9, exif=exif.tobytes()))
     read = (
         decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
     )
@@ -508,7 +509,7 @@ def test_pictures_that_are_refused_in_one_line(
         save_picture(path, np.zeros((400, 1, 3), np.uint8))
     elif kind == "bomb":
         path = tmp_path / "in.png"
-        data = bytearray(ms.encode_png16(np.zeros((16, 16), np.uint16), ms.Picture(np.zeros(0))))
+        data = bytearray(encode_png16(np.zeros((16, 16), np.uint16), Picture(np.zeros(0))))
         data[16:24] = (60000).to_bytes(4, "big") * 2
         data[29:33] = __import__("zlib").crc32(bytes(data[12:29])).to_bytes(4, "big")
         path.write_bytes(data)
@@ -559,7 +560,7 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(
     broken = rows.pop("broken.png")
     assert broken["note"].startswith("failed: ") and broken["output"] == broken["seconds"] == ""
     for row in rows.values():
-        assert tuple(row) == ms.ENHANCE_COLUMNS
+        assert tuple(row) == ENHANCE_COLUMNS
         assert Path(row["output"]).exists() and float(row["seconds"]) > 0
         with Image.open(row["file"]) as low, Image.open(row["output"]) as high:
             assert low.size == high.size == (int(row["width"]), int(row["height"]))
@@ -625,7 +626,7 @@ def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
     real = ms.enhance_pixels
 
     def scarce(model: ms.System, pixels: np.ndarray, *rest: Any) -> ms.Enhanced:
-        if pixels.shape == ms.read_image(album / "a.png").shape:
+        if pixels.shape == read_image(album / "a.png").shape:
             raise problem
         return real(model, pixels, *rest)
 

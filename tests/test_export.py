@@ -13,6 +13,7 @@ from cli_tools import assert_one_line_error, files_under
 from conftest import randomise
 
 import model_script as ms
+from support.checkpoints import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ms.Config(flow_channels=16, num_flow_blocks=2, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.05)
     path = tmp_path_factory.mktemp("weights") / "best_model.pth"
-    ms.save_checkpoint(
+    save_checkpoint(
         path,
         {
             "config": dataclasses.asdict(config),

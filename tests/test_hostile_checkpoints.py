@@ -23,9 +23,12 @@ from conftest import randomise
 from test_odd_pictures import resident
 
 import model_script as ms
+from support.checkpoints import FORMAT_VERSION, load_checkpoint
+from support.runtime import Runtime
+from support.settings import UserError
 
 SECONDS, MEGABYTES = 5.0, 300.0
-CPU = ms.Runtime(torch.device("cpu"), torch.float32)
+CPU = Runtime(torch.device("cpu"), torch.float32)
 Content = dict[str, Any]
 
 
@@ -34,7 +37,7 @@ def good_content() -> Content:
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
     model = randomise(ms.ConditionalFlow(config), 0.04)
     content = {
-        "format_version": ms.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "model": model.state_dict(),
     }
@@ -99,9 +102,7 @@ def overlapping(data: bytes) -> bytes:
 
 def longer_storage() -> bytes:
     """The one tensor says that it has 2^30 numbers."""
-    data = saved(
-        {"format_version": ms.FORMAT_VERSION, "config": {}, "model": {"a": torch.ones(999)}}
-    )
+    data = saved({"format_version": FORMAT_VERSION, "config": {}, "model": {"a": torch.ones(999)}})
     return packed(data, lambda name, content: content.replace(b"M\xe7\x03", b"J\0\0\0\x40"))
 
 
@@ -208,7 +209,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # its content and a word of
         lambda: saved({k: v for k, v in good_content().items() if k != "format_version"}),
         "missing",
     ),
-    "version 2": (lambda: changed(format_version=ms.FORMAT_VERSION + 1), "format version"),
+    "version 2": (lambda: changed(format_version=FORMAT_VERSION + 1), "format version"),
     "version true": (lambda: changed(format_version=True), "format version"),
     "version text": (lambda: changed(format_version="1"), "format version"),
     "version tensor": (lambda: changed(format_version=torch.ones(5)), "format version"),
@@ -289,7 +290,7 @@ def try_all(paths: list[Path]) -> list[Outcome]:
                 str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config
             )
             ms.enhance_pixels(model, pixels, config, runtime)
-        except ms.UserError as error:
+        except UserError as error:
             refusal = str(error)
         except BaseException as error:
             raise AssertionError(f"{path.name}: {type(error).__name__} {error}") from None
@@ -333,8 +334,8 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path, name: str) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(traps(str(tmp_path / "ran"))[name])
     assert str(tmp_path / "ran").encode() in path.read_bytes()
-    with pytest.raises(ms.UserError, match=r"w\.pth: "):
-        ms.load_checkpoint(str(path))
+    with pytest.raises(UserError, match=r"w\.pth: "):
+        load_checkpoint(str(path))
     assert files_under(tmp_path) == {"w.pth"}
 
 

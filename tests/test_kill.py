@@ -27,7 +27,7 @@ from cli_tools import (
     write_config,
 )
 
-import model_script as ms
+from support.files import write_bytes
 
 ROOT = SCRIPT.parent
 STEPS = 4  # of an epoch
@@ -38,7 +38,7 @@ def test_who_reads_a_file_that_is_written_anew_reads_the_old_one_to_its_end(tmp_
     path = tmp_path / "weights.pth"
     path.write_bytes(b"old")
     with open(path, "rb", buffering=0) as reader:
-        ms.write_bytes(path, b"newer")
+        write_bytes(path, b"newer")
         assert reader.read() == b"old" and path.read_bytes() == b"newer"
     assert files_under(tmp_path) == {"weights.pth"}
 

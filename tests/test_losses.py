@@ -11,6 +11,7 @@ from conftest import randomise, smooth_scene
 from torch import Tensor
 
 import model_script as ms
+from support.pictures import to_tensor
 
 
 def picture(*shape: int, seed: int = 0) -> Tensor:
@@ -18,7 +19,7 @@ def picture(*shape: int, seed: int = 0) -> Tensor:
 
 
 def scene(seed: int, side: int = 48) -> Tensor:
-    return ms.to_tensor(smooth_scene(seed, side, side))[None].double()
+    return to_tensor(smooth_scene(seed, side, side))[None].double()
 
 
 @pytest.mark.parametrize("contrast", [0.02, 0.3])

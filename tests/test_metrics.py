@@ -12,6 +12,16 @@ import skimage
 from conftest import smooth_scene
 
 import model_script as ms
+from support.metrics import (
+    ciede2000_of,
+    colourfulness,
+    image_metrics,
+    match_mean,
+    psnr_of,
+    ssim_of,
+    summarise,
+    wasserstein_of,
+)
 
 
 def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,36 +33,36 @@ def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_psnr_by_its_formula() -> None:
     enhanced, high = pair()
-    assert ms.psnr_of(enhanced, high) == pytest.approx(
+    assert psnr_of(enhanced, high) == pytest.approx(
         -10 * math.log10(((enhanced - high) ** 2).mean()), abs=1e-9
     )
-    assert ms.psnr_of(enhanced, high) == pytest.approx(
+    assert psnr_of(enhanced, high) == pytest.approx(
         skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1)
     )
 
 
 def test_psnr_of_equal_pictures_is_finite() -> None:
-    assert ms.psnr_of(*[pair()[1]] * 2) == 100.0
+    assert psnr_of(*[pair()[1]] * 2) == 100.0
 
 
 def test_psnr_of_a_uniform_error_by_hand() -> None:
-    assert ms.psnr_of(np.full((8, 8, 3), 0.6), np.full((8, 8, 3), 0.5)) == pytest.approx(20.0)
+    assert psnr_of(np.full((8, 8, 3), 0.6), np.full((8, 8, 3), 0.5)) == pytest.approx(20.0)
 
 
 def test_ssim_is_that_of_scikit_image() -> None:
     enhanced, high = pair()
-    assert ms.ssim_of(enhanced, high) == skimage.metrics.structural_similarity(
+    assert ssim_of(enhanced, high) == skimage.metrics.structural_similarity(
         high, enhanced, data_range=1.0, channel_axis=2
     )
     per_channel = [
         skimage.metrics.structural_similarity(high[..., c], enhanced[..., c], data_range=1.0)
         for c in range(3)
     ]
-    assert ms.ssim_of(enhanced, high) == pytest.approx(np.mean(per_channel))
-    assert ms.ssim_of(enhanced[..., 0], high[..., 0]) == pytest.approx(per_channel[0])
+    assert ssim_of(enhanced, high) == pytest.approx(np.mean(per_channel))
+    assert ssim_of(enhanced[..., 0], high[..., 0]) == pytest.approx(per_channel[0])
 
 
-@pytest.mark.parametrize("score", [ms.psnr_of, ms.ssim_of])
+@pytest.mark.parametrize("score", [psnr_of, ssim_of])
 @pytest.mark.parametrize("value", [1.001, -0.001])
 @pytest.mark.parametrize("place", [0, 1])
 def test_scores_refuse_values_out_of_range(
@@ -67,20 +77,20 @@ def test_scores_refuse_values_out_of_range(
 
 def test_ciede2000() -> None:
     enhanced, high = pair()
-    assert ms.ciede2000_of(high, high) == 0
+    assert ciede2000_of(high, high) == 0
     grey = [np.full((4, 4, 3), value) for value in (0.2, 0.8)]
     light = [skimage.color.rgb2lab(image)[0, 0, 0] for image in grey]
     middle = sum(light) / 2  # for greys CIEDE2000 is the lightness difference over S_L
     expected = (light[1] - light[0]) / (
         1 + 0.015 * (middle - 50) ** 2 / math.sqrt(20 + (middle - 50) ** 2)
     )
-    assert ms.ciede2000_of(*grey) == pytest.approx(expected, abs=0.01)
-    assert ms.ciede2000_of(enhanced, high) > 5
+    assert ciede2000_of(*grey) == pytest.approx(expected, abs=0.01)
+    assert ciede2000_of(enhanced, high) > 5
 
 
 def test_colourfulness_of_grey_is_zero() -> None:
     grey = np.repeat(pair()[1][..., :1], 3, axis=2)
-    assert ms.colourfulness(grey) == pytest.approx(0, abs=1e-12)
+    assert colourfulness(grey) == pytest.approx(0, abs=1e-12)
 
 
 def test_colourfulness_by_hasler_and_suesstrunk() -> None:
@@ -89,8 +99,8 @@ def test_colourfulness_by_hasler_and_suesstrunk() -> None:
     rg, yb = red - green, 0.5 * (red + green) - blue
     spread = math.sqrt(rg.var() + yb.var())
     expected = spread + 0.3 * math.sqrt(rg.mean() ** 2 + yb.mean() ** 2)
-    assert ms.colourfulness(image) == pytest.approx(expected, rel=1e-12)
-    assert ms.colourfulness(np.broadcast_to([1.0, 0.0, 0.0], (5, 5, 3))) == pytest.approx(
+    assert colourfulness(image) == pytest.approx(expected, rel=1e-12)
+    assert colourfulness(np.broadcast_to([1.0, 0.0, 0.0], (5, 5, 3))) == pytest.approx(
         0.3 * math.hypot(1, 0.5)
     )
 
@@ -103,22 +113,22 @@ def test_wasserstein_is_that_of_scipy_per_channel() -> None:
             for c in range(3)
         ]
     )
-    assert ms.wasserstein_of(enhanced, high) == pytest.approx(expected, abs=1e-12)
-    assert ms.wasserstein_of(high[::-1], high) == 0  # a matter of values, not of places
+    assert wasserstein_of(enhanced, high) == pytest.approx(expected, abs=1e-12)
+    assert wasserstein_of(high[::-1], high) == 0  # a matter of values, not of places
 
 
 def test_match_mean_brings_the_mean_grey_to_the_targets() -> None:
     enhanced, high = pair()
     weights = np.array([0.299, 0.587, 0.114])
-    matched = ms.match_mean(0.5 * enhanced, high)
+    matched = match_mean(0.5 * enhanced, high)
     gain = (high * weights).sum(2).mean() / (0.5 * enhanced * weights).sum(2).mean()
     np.testing.assert_allclose(matched, np.clip(0.5 * enhanced * gain, 0, 1), atol=1e-12)
-    assert np.isfinite(ms.match_mean(np.zeros_like(high), high)).all()
+    assert np.isfinite(match_mean(np.zeros_like(high), high)).all()
 
 
 def test_image_metrics_are_the_direct_computations() -> None:
     enhanced, high = pair()
-    scores = ms.image_metrics(enhanced, high)
+    scores = image_metrics(enhanced, high)
     weights = np.array([0.299, 0.587, 0.114])
     gain = (high * weights).sum(2).mean() / (enhanced * weights).sum(2).mean()
     matched = np.clip(enhanced * gain, 0, 1)
@@ -131,8 +141,8 @@ def test_image_metrics_are_the_direct_computations() -> None:
                 high, enhanced, data_range=1, channel_axis=2
             ),
             "ciede2000": skimage.color.deltaE_ciede2000(*lab).mean(),
-            "colourfulness_ratio": ms.colourfulness(enhanced) / ms.colourfulness(high),
-            "wasserstein": ms.wasserstein_of(enhanced, high),
+            "colourfulness_ratio": colourfulness(enhanced) / colourfulness(high),
+            "wasserstein": wasserstein_of(enhanced, high),
             "psnr_gt_mean": skimage.metrics.peak_signal_noise_ratio(high, matched, data_range=1),
             "ssim_grey_gt_mean": skimage.metrics.structural_similarity(
                 grey[1], grey[0], data_range=1
@@ -147,7 +157,7 @@ def test_image_metrics_of_flat_pictures_are_finite(value: float) -> None:
     assert all(
         math.isfinite(v)
         for pictures in ((flat, high), (high, flat), (flat, flat))
-        for v in ms.image_metrics(*pictures).values()
+        for v in image_metrics(*pictures).values()
     )
 
 
@@ -177,7 +187,7 @@ def rows(name: str, values: list[float]) -> list[dict[str, object]]:
     ],
 )
 def test_summarise_names_the_worst_file(name: str, values: list[float], worst: int) -> None:
-    summary = ms.summarise(rows(name, values))
+    summary = summarise(rows(name, values))
     assert set(summary) == {name}
     assert summary[name]["worst_file"] == f"{worst}.png"
     assert summary[name]["worst"] == values[worst]
@@ -185,20 +195,20 @@ def test_summarise_names_the_worst_file(name: str, values: list[float], worst: i
 
 def test_summarise_statistics() -> None:
     values = [10.0, 11.0, 15.0, 40.0]
-    summary = ms.summarise(rows("psnr", values))["psnr"]
+    summary = summarise(rows("psnr", values))["psnr"]
     assert summary["mean"] == 19.0
     assert summary["median"] == 13.0
     assert summary["std"] == pytest.approx(np.std(values))
     assert summary["uses_ground_truth"] is False
-    assert ms.summarise(rows("psnr_gt_mean", values))["psnr_gt_mean"]["uses_ground_truth"] is True
+    assert summarise(rows("psnr_gt_mean", values))["psnr_gt_mean"]["uses_ground_truth"] is True
 
 
 def test_every_metric_has_the_right_direction() -> None:
     """A much worse picture must be named worst under every name that image_metrics gives."""
     enhanced, high = pair()
     bad = np.clip(0.1 * enhanced, 0, 1)[::-1]
-    scores = [ms.image_metrics(image, high) for image in (enhanced, bad)]
-    summary = ms.summarise(
+    scores = [image_metrics(image, high) for image in (enhanced, bad)]
+    summary = summarise(
         [{"filename": name, **score} for name, score in zip("ab", scores, strict=True)]
     )
     assert {name: entry["worst_file"] for name, entry in summary.items()} == dict.fromkeys(

@@ -25,6 +25,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import model_script as ms
+from support.checkpoints import save_checkpoint
+from support.folders import ENHANCE_COLUMNS, enhance_folder, find_inputs
+from support.runtime import Runtime
+from support.settings import UserError
 
 SECONDS, MEGABYTES = 2.0, 300.0
 
@@ -57,7 +61,7 @@ def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
     """Enhance every (source, target); anything but a UserError ends it. To be run in a process of
     its own."""
     torch.set_num_threads(1)
-    config, runtime = ms.Config(device="cpu"), ms.Runtime(torch.device("cpu"), torch.float32)
+    config, runtime = ms.Config(device="cpu"), Runtime(torch.device("cpu"), torch.float32)
     chatter = os.open(log, os.O_CREAT | os.O_RDWR)
     os.dup2(chatter, 2)
     outcomes = []
@@ -69,7 +73,7 @@ def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
         before, started, refusal = resident("VmRSS"), time.process_time(), ""
         try:
             ms.enhance_file(source, target, Echo(), config, runtime, None)
-        except ms.UserError as error:
+        except UserError as error:
             refusal = str(error)
         except BaseException as error:
             raise AssertionError(f"{source!r}: {type(error).__name__} {error}") from None
@@ -170,7 +174,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
     model = randomise(ms.ConditionalFlow(config), 0.04)
-    ms.save_checkpoint(
+    save_checkpoint(
         path,
         {
             "config": dataclasses.asdict(config),
@@ -227,7 +231,7 @@ def test_the_table_names_every_file_whatever_its_name(
     done = [(trial.folder / name, out / name) for name in rows if not trial.outcomes[name].refusal]
     before = (out / "enhance.csv").read_bytes()
     assert (
-        ms.enhance_folder(
+        enhance_folder(
             done, out, lambda source, target: pytest.fail(f"{source} again"), again=False
         )
         == 0
@@ -291,7 +295,7 @@ def test_links_that_run_in_circles_are_not_followed(tmp_path: Path) -> None:
     found = {
         given: {
             str(source.relative_to(album))
-            for source, _ in ms.find_inputs(str(given), str(tmp_path / "out"))
+            for source, _ in find_inputs(str(given), str(tmp_path / "out"))
         }
         for given in (album, album / "**" / "*.png", album / "**", album / "*" / "*.[jp]*g")
     }
@@ -304,8 +308,8 @@ def test_links_that_run_in_circles_are_not_followed(tmp_path: Path) -> None:
         )
     )
     assert {"deep/b.png", "deep/c.jpg"} <= found[album / "*" / "*.[jp]*g"]
-    with pytest.raises(ms.UserError, match="no pattern"):
-        ms.find_inputs(f"{album}/**x/*.png", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="no pattern"):
+        find_inputs(f"{album}/**x/*.png", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("suffix", "size"), [(".webp", (16, 16_400)), (".jpg", (65_600, 16))])
@@ -314,13 +318,13 @@ def test_a_format_that_cannot_hold_the_picture_is_named(
 ) -> None:
     Image.new("RGB", size[::-1]).save(tmp_path / "in.png")
     target = tmp_path / f"out{suffix}"
-    with pytest.raises(ms.UserError, match=f"out{suffix}.*cannot hold.*another suffix"):
+    with pytest.raises(UserError, match=f"out{suffix}.*cannot hold.*another suffix"):
         ms.enhance_file(
             tmp_path / "in.png",
             target,
             Echo(),
             ms.Config(),
-            ms.Runtime(torch.device("cpu"), torch.float32),
+            Runtime(torch.device("cpu"), torch.float32),
             None,
         )
     assert files_under(tmp_path) == {"in.png"}
@@ -331,7 +335,7 @@ def test_exif_too_long_for_jpeg_does_not_cost_the_picture(tmp_path: Path) -> Non
     exif[0x010F] = "M" * 65_400
     exif[0x0110] = "N" * 200
     Image.new("RGB", (20, 16), (200, 100, 50)).save(tmp_path / "in.tif", exif=exif)
-    runtime = ms.Runtime(torch.device("cpu"), torch.float32)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
     for suffix in ("jpg", "png"):
         ms.enhance_file(
             tmp_path / "in.tif", tmp_path / f"out.{suffix}", Echo(), ms.Config(), runtime, None
@@ -349,9 +353,9 @@ def test_a_foreign_table_does_not_stop_a_folder(tmp_path: Path, table: bytes) ->
     """enhance.csv may have come back from a spreadsheet; what it says is kept where it can be
     read."""
     (tmp_path / "enhance.csv").write_bytes(table)
-    row = dict.fromkeys(ms.ENHANCE_COLUMNS, "1") | {"file": "new.png"}
+    row = dict.fromkeys(ENHANCE_COLUMNS, "1") | {"file": "new.png"}
     jobs = [(Path("new.png"), tmp_path / "new.png")]
-    assert ms.enhance_folder(jobs, tmp_path, lambda source, target: row, again=False) == 0
+    assert enhance_folder(jobs, tmp_path, lambda source, target: row, again=False) == 0
     with open(tmp_path / "enhance.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert rows[0] | row == rows[0]

@@ -29,6 +29,9 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model_script as ms
+from support.checkpoints import RUN_FILE, newest_checkpoint
+from support.processes import divide, from_all, from_first, my_share, process_group, processes, rank
+from support.settings import UserError
 
 STEPS = 20
 
@@ -216,15 +219,15 @@ def test_a_restart_never_takes_up_an_older_run(
 ) -> None:
     newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
     run_id = torch.load(newest, weights_only=True)["run_id"]
-    assert (together / "ckpt" / ms.RUN_FILE).read_text() == run_id
-    assert ms.newest_checkpoint(together / "ckpt", "another run") is None
+    assert (together / "ckpt" / RUN_FILE).read_text() == run_id
+    assert newest_checkpoint(together / "ckpt", "another run") is None
     folder = tmp_path / "ckpt"
     shutil.copytree(together / "ckpt", folder)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert ms.after_restart(folder) == str(folder / newest.name)
-    (folder / ms.RUN_FILE).write_text("another run")
+    (folder / RUN_FILE).write_text("another run")
     assert ms.after_restart(folder) is None
-    (folder / ms.RUN_FILE).write_text(run_id)
+    (folder / RUN_FILE).write_text(run_id)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     # a first start, which may die before it has claimed the folder
     assert ms.after_restart(folder) is None
@@ -270,8 +273,8 @@ def test_restarts_on_several_hosts_need_a_store_of_their_own(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(ms.UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        ms.process_group("train", "cpu"),
+        pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        process_group("train", "cpu"),
     ):
         pass
 
@@ -346,7 +349,7 @@ def test_a_mistake_is_told_and_leaves_nothing(job: Path, tmp_path: Path) -> None
 @given(count=st.integers(1, 40), of=st.integers(1, 9), parts=st.integers(1, 9))
 def test_processes_and_parts_divide_a_batch_without_rest(count: int, of: int, parts: int) -> None:
     batch = list(range(count))
-    shares = [ms.divide(batch, place, of, parts) for place in range(of)]
+    shares = [divide(batch, place, of, parts) for place in range(of)]
     assert [
         item for share in shares for chunk, weight in share if weight for item in chunk
     ] == batch
@@ -355,8 +358,6 @@ def test_processes_and_parts_divide_a_batch_without_rest(count: int, of: int, pa
 
 
 def test_one_process_needs_no_group() -> None:
-    assert (ms.rank(), ms.processes()) == (0, 1)
-    assert (
-        ms.from_first("x") == "x" and ms.from_all(3) == [3] and list(ms.my_share([1, 2])) == [1, 2]
-    )
+    assert (rank(), processes()) == (0, 1)
+    assert from_first("x") == "x" and from_all(3) == [3] and list(my_share([1, 2])) == [1, 2]
     assert "RANK" not in os.environ

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
 
 import model_script as ms
+from support.decoding import SUFFIXES, Picture, read_image, read_picture
+from support.pictures import encode_picture
+from support.settings import UserError, read_config_file
 
 FIELDS = {key.name: key for key in dataclasses.fields(ms.Config)}
 often = settings(
@@ -80,7 +83,7 @@ def is_right(key: dataclasses.Field, value: Any) -> bool:
 def test_any_value_of_any_key_is_typed_or_refused_by_name(name: str, value: Any) -> None:
     try:
         typed = ms.typed_settings(ms.Config(), {name: value}, "here")[name]
-    except ms.UserError as error:
+    except UserError as error:
         assert str(error).startswith(f"here: {name} must be ") and len(str(error)) < 400
     else:
         assert is_right(FIELDS[name], typed)
@@ -93,7 +96,7 @@ def test_right_settings_come_through_a_file_and_through_set(chosen: dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.json"
         path.write_text(json.dumps(chosen))
-        typed = ms.typed_settings(ms.Config(), ms.read_config_file(str(path)), "here")
+        typed = ms.typed_settings(ms.Config(), read_config_file(str(path)), "here")
     assert typed == chosen
     assert all(is_right(FIELDS[name], value) for name, value in typed.items())
     texts = [
@@ -113,8 +116,8 @@ def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -
         path = Path(folder) / "c.json"
         path.write_bytes(content)
         try:
-            assert isinstance(ms.read_config_file(str(path)), dict)
-        except ms.UserError as error:
+            assert isinstance(read_config_file(str(path)), dict)
+        except UserError as error:
             assert str(path) in str(error)
 
 
@@ -126,7 +129,7 @@ def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -
 def test_any_set_is_typed_or_refused(text: str) -> None:
     try:
         found = ms.parse_command_line(["--mode", "train", f"--set={text}"]).settings
-    except ms.UserError:
+    except UserError:
         return
     ((name, value),) = found.items()
     assert text.startswith(f"{name}=") and is_right(FIELDS[name], value)
@@ -137,7 +140,7 @@ def test_any_set_is_typed_or_refused(text: str) -> None:
 )
 def test_two_dashes_are_no_value(option: str) -> None:
     """argparse drops them and hands on an empty list."""
-    with pytest.raises(ms.UserError, match=f"--{option}"):
+    with pytest.raises(UserError, match=f"--{option}"):
         ms.parse_command_line(["--mode", "train", f"--{option}=--"])
 
 
@@ -147,8 +150,8 @@ def test_values_nested_to_any_depth_are_refused(tmp_path: Path, key: str) -> Non
     path = tmp_path / "c.json"
     for depth in [*range(700, 1050, 7), 5000, 100_000]:
         path.write_text(f'{{"{key}": {"[" * depth}{"]" * depth}}}')
-        with pytest.raises(ms.UserError):
-            ms.typed_settings(ms.Config(), ms.read_config_file(str(path)), "here")
+        with pytest.raises(UserError):
+            ms.typed_settings(ms.Config(), read_config_file(str(path)), "here")
 
 
 def test_messages_stay_short() -> None:
@@ -168,10 +171,10 @@ def test_messages_stay_short() -> None:
         b"bytes",
         1j,
     ):
-        with pytest.raises(ms.UserError, match="batch_size must be an integer") as caught:
+        with pytest.raises(UserError, match="batch_size must be an integer") as caught:
             ms.typed_settings(ms.Config(), {"batch_size": value}, "here")
         assert len(str(caught.value)) < 200
-    with pytest.raises(ms.UserError, match="unknown key") as caught:
+    with pytest.raises(UserError, match="unknown key") as caught:
         ms.typed_settings(ms.Config(), {"batch_size" * 10**5: 1}, "here")
     assert len(str(caught.value)) < 400
 
@@ -179,7 +182,7 @@ def test_messages_stay_short() -> None:
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
 @pytest.mark.parametrize("key", ["checkpoint_dir", "train_low_dir", "reference"])
 def test_texts_that_cannot_name_a_file_are_refused(key: str, text: str) -> None:
-    with pytest.raises(ms.UserError, match=f"here: {key} must be a text"):
+    with pytest.raises(UserError, match=f"here: {key} must be a text"):
         ms.typed_settings(ms.Config(), {key: text}, "here")
 
 
@@ -187,11 +190,11 @@ def test_a_config_without_end_is_refused_at_once(tmp_path: Path) -> None:
     many = tmp_path / "many.json"
     many.write_text(json.dumps({str(number): number for number in range(50_000)}))
     started = time.process_time()
-    assert len(ms.read_config_file(str(many))) == 50_000
+    assert len(read_config_file(str(many))) == 50_000
     many.write_text(many.read_text() * 2)
     for path in (many, Path("/dev/zero")):
-        with pytest.raises(ms.UserError, match="longer than a config can be"):
-            ms.read_config_file(str(path))
+        with pytest.raises(UserError, match="longer than a config can be"):
+            read_config_file(str(path))
     assert time.process_time() - started < 2
 
 
@@ -208,7 +211,7 @@ def wanted(files: set[str]) -> dict[str, list[str]]:
     """Stem -> the pictures of that stem, as the documentation says."""
     found: dict[str, list[str]] = {}
     for name in files:
-        if Path(name).suffix.lower() in ms.SUFFIXES and not name.startswith("."):
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
             found.setdefault(Path(name).stem, []).append(name)
     return found
 
@@ -228,7 +231,7 @@ def test_pairs_are_the_common_stems_and_every_other_picture_is_named(
         both = wanted(lows).keys() & wanted(highs).keys()
         try:
             pairs = ms.find_pairs(f"{root}/low", f"{root}/high", "eval", messages.append)
-        except ms.UserError as error:
+        except UserError as error:
             assert twice or not both
             assert ("same stem" in str(error)) == twice
             return
@@ -313,27 +316,27 @@ def test_every_lossless_picture_is_read_to_the_last_bit(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{case.suffix}"
         path.write_bytes(case.data)
-        picture, plain = ms.read_picture(path), ms.read_image(path)
+        picture, plain = read_picture(path), read_image(path)
     np.testing.assert_array_equal(picture.pixels, colours)
     assert picture.pixels.dtype == case.stored.dtype
     assert (picture.alpha is not None) == (case.stored.shape[2] == 4)
     if picture.alpha is not None:
         np.testing.assert_array_equal(picture.alpha, upright[..., 3])
     assert np.abs(plain - colours / (257 if case.stored.dtype == np.uint16 else 1)).max() <= 1
-    assert ms.read_picture(io.BytesIO(case.data)).pixels.tobytes() == picture.pixels.tobytes()
+    assert read_picture(io.BytesIO(case.data)).pixels.tobytes() == picture.pixels.tobytes()
 
 
 @seldom
 @given(case=pictures(), suffix=st.sampled_from([".png", ".tif", ".webp", ".jpg", ".bmp"]))
 def test_what_is_written_is_what_is_read_again(case: Case, suffix: str) -> None:
-    picture = ms.read_picture(io.BytesIO(case.data))
+    picture = read_picture(io.BytesIO(case.data))
     deep = picture.pixels.dtype == np.uint16 and suffix in (".png", ".tif")
     pixels = (
         picture.pixels
         if deep or picture.pixels.dtype == np.uint8
         else (picture.pixels >> 8).astype(np.uint8)
     )
-    read = ms.read_picture(io.BytesIO(ms.encode_picture(pixels, suffix, picture)))
+    read = read_picture(io.BytesIO(encode_picture(pixels, suffix, picture)))
     assert read.pixels.shape == pixels.shape and read.pixels.dtype == pixels.dtype
     assert (read.alpha is not None) == (
         picture.alpha is not None and suffix not in (".jpg", ".bmp")
@@ -357,13 +360,13 @@ def test_a_damaged_picture_is_refused_by_name_or_whole(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{case.suffix}"
         path.write_bytes(data[: len(data) - cut])
-        for read in (ms.read_picture, ms.read_image):
+        for read in (read_picture, read_image):
             try:
                 found = read(path)
-            except ms.UserError as error:
+            except UserError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
                 continue
-            picture = found if isinstance(found, ms.Picture) else ms.Picture(found)
+            picture = found if isinstance(found, Picture) else Picture(found)
             assert picture.pixels.shape[2] == 3 and picture.pixels.dtype in (np.uint8, np.uint16)
             assert picture.alpha is None or (picture.alpha.shape, picture.alpha.dtype) == (
                 picture.pixels.shape[:2],

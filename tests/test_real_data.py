@@ -12,6 +12,8 @@ from conftest import ROOT
 from torch.utils.data import default_collate
 
 import model_script as ms
+from support.decoding import read_image
+from support.runtime import choose_runtime
 
 TRAIN, EVALUATION = ROOT / ms.ARCHIVE_TRAIN, ROOT / ms.ARCHIVE_EVAL
 pytestmark = pytest.mark.skipif(
@@ -42,7 +44,7 @@ def thumbnails() -> np.ndarray:
 def shrunk(path: Path, side: int) -> np.ndarray:
     """(side, side, 3) uint8, as PairStore does it."""
     return np.asarray(
-        ms.Image.fromarray(ms.read_image(path)).resize((side, side), ms.Image.Resampling.BOX)
+        ms.Image.fromarray(read_image(path)).resize((side, side), ms.Image.Resampling.BOX)
     )
 
 
@@ -124,7 +126,7 @@ def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatc
 
     scored = list(
         ms.score_pairs(
-            Untouched(config), store, config, ms.choose_runtime(config), [None] * len(store)
+            Untouched(config), store, config, choose_runtime(config), [None] * len(store)
         )
     )
     assert len(scored) == len(store)

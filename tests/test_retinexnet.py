@@ -24,6 +24,8 @@ from torch import Tensor
 
 import model_script as ms
 from baselines import retinexnet as rn
+from support.pictures import to_tensor, to_uint8
+from support.settings import read_config_file
 
 EPOCHS = 4  # of 5 steps each, so that epoch 2 ends with the first stage of split
 RECIPE = ROOT / "baselines" / "retinexnet.json"
@@ -408,7 +410,7 @@ def test_evaluation_shows_reflectance_and_illumination(trained: Path) -> None:
     model, config, _, _ = ms.load_model(
         str(trained / "ckpt" / "best_model.pth"), {"device": "cpu"}, rn.RetinexNet, rn.RetinexConfig
     )
-    low = ms.to_tensor(pixels(trained / "data" / "eval" / "low" / "0.png"))[None]
+    low = to_tensor(pixels(trained / "data" / "eval" / "low" / "0.png"))[None]
     low = ms.resize(low, config.image_size, quantise=True)
     with torch.no_grad():
         expected = {
@@ -418,7 +420,7 @@ def test_evaluation_shows_reflectance_and_illumination(trained: Path) -> None:
     assert set(expected) == {"", "_reflectance", "_illumination", "_relit"}
     for suffix, image in expected.items():
         found = pixels(folder / "images" / f"0{suffix}.png")
-        assert np.abs(found.astype(int) - ms.to_uint8(image[0])).max() <= 1, suffix
+        assert np.abs(found.astype(int) - to_uint8(image[0])).max() <= 1, suffix
     summary = json.loads((folder / "summary.json").read_text())
     assert "bits_per_dim" not in summary["metrics"]
 
@@ -449,9 +451,7 @@ def test_the_other_modes_train_and_enhance(tmp_path: Path, settings: dict[str, A
             str(tmp_path / "ckpt" / "best_model.pth"), {}, rn.RetinexNet, rn.RetinexConfig
         )[0].cpu()
         with torch.no_grad():
-            reflectance = ms.to_uint8(
-                model.decom(ms.to_tensor(pixels(source))[None]).reflectance[0]
-            )
+            reflectance = to_uint8(model.decom(to_tensor(pixels(source))[None]).reflectance[0])
         assert np.abs(pixels(target).astype(int) - reflectance).max() <= 1
 
 
@@ -504,7 +504,7 @@ def test_wrong_values_and_other_weights_are_one_line(
 
 
 def test_the_recipe_names_only_known_keys() -> None:
-    config = ms.apply_settings(rn.RetinexConfig(), ms.read_config_file(str(RECIPE)), str(RECIPE))
+    config = ms.apply_settings(rn.RetinexConfig(), read_config_file(str(RECIPE)), str(RECIPE))
     assert (config.image_size, config.crop_size, config.batch_size) == ([128, 128], 0, 4)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/retinexnet", "logs")
     published = {

@@ -31,6 +31,9 @@ from cli_tools import (
 from torch import Tensor, nn
 
 import model_script as ms
+from support.checkpoints import FORMAT_VERSION, RUN_FILE
+from support.runtime import cpp_compiler
+from support.settings import knob
 
 EPOCHS, STEPS = 5, 4  # of the run that the resumed ones must repeat; STEPS pairs, one a step
 
@@ -207,7 +210,7 @@ def test_resuming_a_stopped_process_equals_the_uninterrupted_run(
 
 
 @pytest.mark.slow  # a minute and a half of compilation
-@pytest.mark.skipif(not shutil.which(ms.cpp_compiler()), reason="no C++ compiler")
+@pytest.mark.skipif(not shutil.which(cpp_compiler()), reason="no C++ compiler")
 def test_compiled_training_has_the_same_losses(data: Path, tmp_path: Path) -> None:
     """Over 20 steps, dropout and dequantisation noise included."""
     curves = []
@@ -463,7 +466,7 @@ def plain_leaves(tree: Any) -> Iterator[Any]:
 def test_checkpoints_hold_tensors_and_plain_data(straight: Path) -> None:
     for name in ("best_model.pth", f"checkpoint_epoch_{EPOCHS}.pth"):
         saved = content(straight / "ckpt" / name)
-        assert saved["format_version"] == ms.FORMAT_VERSION
+        assert saved["format_version"] == FORMAT_VERSION
         assert {type(leaf) for leaf in plain_leaves(saved)} <= {
             Tensor,
             int,
@@ -521,7 +524,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert {path.name for path in good.parent.iterdir()} == {
         "best_model.pth",
         good.name,
-        ms.RUN_FILE,
+        RUN_FILE,
     }
 
 
@@ -742,7 +745,7 @@ def test_use_amp_runs_whatever_the_processor(data: Path, tmp_path: Path) -> None
 class GammaConfig(ms.Config):
     """A config of its own, with one more key."""
 
-    start: float = ms.knob(1.0, "the exponent to start from", low=0.1, high=10.0)
+    start: float = knob(1.0, "the exponent to start from", low=0.1, high=10.0)
 
 
 class Gamma(ms.System):

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import upt_flow as upt
+from support.checkpoints import load_checkpoint
+from support.settings import read_config_file
+from support.simulated import DEMO_TEST, DEMO_TRAIN
 
 SMALL = {
     "encoder_width": 4,
@@ -763,7 +766,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     path = trainer.save("checkpoint_interrupted.pth")
     assert run("train", resumed, settings, "--resume", str(path)) == 0
     expected, got = (
-        ms.load_checkpoint(str(folder / "ckpt" / "checkpoint_epoch_2.pth"))
+        load_checkpoint(str(folder / "ckpt" / "checkpoint_epoch_2.pth"))
         for folder in (straight, resumed)
     )
     for state in (expected, got):
@@ -794,8 +797,8 @@ def test_every_mode(
     weights = str(tmp_path / "ckpt" / "best_model.pth")
     assert ms.main(["--mode", "evaluate", "--checkpoint", weights]) == 2
     assert "weights of UPTFlow, not of ConditionalFlow" in capsys.readouterr().err
-    monkeypatch.setattr(ms, "DEMO_TRAIN", ms.DEMO_TRAIN[:1])
-    monkeypatch.setattr(ms, "DEMO_TEST", ms.DEMO_TEST[:1])
+    monkeypatch.setattr(ms, "DEMO_TRAIN", DEMO_TRAIN[:1])
+    monkeypatch.setattr(ms, "DEMO_TEST", DEMO_TEST[:1])
     quick = ["flow_channels=8", "image_size=32,32", "num_epochs=1"]
     assert (
         run("demo", tmp_path, settings, *(word for text in quick for word in ("--set", text))) == 0
@@ -816,7 +819,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_recipe_is_valid_and_small() -> None:
-    recipe = ms.read_config_file(str(ROOT / "baselines" / "upt_flow.json"))
+    recipe = read_config_file(str(ROOT / "baselines" / "upt_flow.json"))
     config = ms.apply_settings(upt.UPTFlowConfig(), recipe, "recipe")
     assert (config.image_size, config.crop_size) == ([128, 128], 0)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/upt_flow", "logs")

@@ -28,6 +28,9 @@ from conftest import randomise
 from PIL import Image
 
 import model_script as ms
+from support.checkpoints import save_checkpoint
+from support.decoding import ORIENTATION, Picture, read_picture
+from support.pictures import encode_picture, encode_png16
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
@@ -39,7 +42,7 @@ def write_checkpoint(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.05, seed)
-    ms.save_checkpoint(
+    save_checkpoint(
         path,
         {
             "config": dataclasses.asdict(config),
@@ -143,12 +146,12 @@ def test_two_models_give_two_results(client: Any, studio: web_app.Studio) -> Non
 
 def test_16_bits_and_orientation_survive(client: Any) -> None:
     deep = np.random.default_rng(0).integers(0, 9000, (20, 30, 3)).astype(np.uint16)
-    job, _ = wait(client, upload(client, ms.encode_png16(deep, ms.Picture(deep))))
+    job, _ = wait(client, upload(client, encode_png16(deep, Picture(deep))))
     answer = client.get(f"/jobs/{job}/enhanced?full=1")
-    assert ms.read_picture(io.BytesIO(answer.data)).pixels.dtype == np.uint16
+    assert read_picture(io.BytesIO(answer.data)).pixels.dtype == np.uint16
     assert 'filename="enhanced.png"' in answer.headers["Content-Disposition"]
     exif = Image.Exif()
-    exif[ms.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     _, info = wait(client, upload(client, encoded(LOW, "JPEG", exif=exif)))
     assert (info["width"], info["height"]) == (40, 48)
 
@@ -269,7 +272,7 @@ class Slow:
 
     def __call__(self, job: web_app.Job) -> None:
         self.gate.acquire(timeout=30)
-        job.picture = ms.Picture(LOW)
+        job.picture = Picture(LOW)
         job.enhanced = ms.Enhanced(np.zeros((40, 48, 3), np.uint16), [], None)
 
 
@@ -356,7 +359,7 @@ def test_whole_pictures_leave_threads_for_everything_else(
     client, work, _ = slow
     work.gate.release()
     job, _ = wait(client, upload(client, encoded(LOW)))
-    gate, encode = threading.Event(), ms.encode_picture
+    gate, encode = threading.Event(), encode_picture
     monkeypatch.setattr(
         ms, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
     )
@@ -552,7 +555,7 @@ def test_slow_readers_hold_a_bounded_share(
     # more than the system's buffers take
     noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)
     studio, path = slow[2], "/jobs/noise/enhanced?full=1"
-    result = {"picture": ms.Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
+    result = {"picture": Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
     studio.jobs["noise"] = web_app.Job(b"", "", 0, False, state="done", **result)
     monkeypatch.setattr(web_app, "KEEP_BYTES", 10**7)
     with served(studio) as port:
@@ -565,7 +568,7 @@ def test_slow_readers_hold_a_bounded_share(
             assert ask(port, path)[0] == 503
             assert ask(port, "/jobs/noise")[0] == 200
         body = ask_patiently(port, path)
-        assert (ms.read_picture(io.BytesIO(body)).pixels == noise).all()
+        assert (read_picture(io.BytesIO(body)).pixels == noise).all()
         assert ask_patiently(port, path) == body
 
 
@@ -580,8 +583,8 @@ def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
         "run_id": "r",
         "epoch": 1,
     }
-    ms.save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
-    ms.save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
+    save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
+    save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
     studio = web_app.Studio(
         [tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1
     )

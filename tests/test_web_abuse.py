@@ -28,6 +28,7 @@ from odd_pictures import bad_pictures, cut_pictures, encoded
 from PIL import Image
 
 import model_script as ms
+from support.checkpoints import save_checkpoint
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
@@ -51,7 +52,7 @@ class Server:
             "run_id": "r",
             "epoch": 1,
         }
-        ms.save_checkpoint(folder / "w.pth", content)
+        save_checkpoint(folder / "w.pth", content)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -41,11 +41,15 @@ with atheris.instrument_imports(include=["model_script", "PIL"]):
     from PIL import Image
 
     import model_script as ms
+    from support.checkpoints import FORMAT_VERSION
+    from support.decoding import SUFFIXES, read_image, read_picture
+    from support.runtime import Runtime
+    from support.settings import UserError, read_config_file
 
     Image.init()  # loads the formats, so that they are watched too
 unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
-CPU = ms.Runtime(torch.device("cpu"), torch.float32)
+CPU = Runtime(torch.device("cpu"), torch.float32)
 SMALL = {"flow_channels": 8, "num_flow_blocks": 1, "thumbnail_size": 32, "device": "cpu"}
 
 
@@ -59,7 +63,7 @@ class Echo(torch.nn.Module):
 def pictures(data: bytes, path: Path) -> None:
     """A picture is refused, or has the promised form and can be written in every format."""
     path.write_bytes(data)
-    picture = ms.read_picture(path)
+    picture = read_picture(path)
     height, width = picture.pixels.shape[:2]
     assert picture.pixels.shape == (height, width, 3) and min(height, width) >= 16
     assert picture.pixels.dtype in ("uint8", "uint16")
@@ -67,12 +71,12 @@ def pictures(data: bytes, path: Path) -> None:
         (height, width),
         picture.pixels.dtype,
     )
-    assert ms.read_image(path).shape == picture.pixels.shape
+    assert read_image(path).shape == picture.pixels.shape
     if height * width < 10_000:
-        suffix = ms.SUFFIXES[len(data) % len(ms.SUFFIXES)]
+        suffix = SUFFIXES[len(data) % len(SUFFIXES)]
         target = path.with_name(f"out{suffix}")
         ms.enhance_file(path, target, Echo(), ms.Config(device="cpu"), CPU, None)
-        assert ms.read_picture(target).pixels.shape == picture.pixels.shape
+        assert read_picture(target).pixels.shape == picture.pixels.shape
 
 
 def config(data: bytes, path: Path) -> None:
@@ -81,11 +85,11 @@ def config(data: bytes, path: Path) -> None:
     line = data.split(b"\n")[0].decode("utf-8", "surrogateescape").replace("\0", "")
     for read in (
         lambda: ms.parse_command_line(["--mode", "train", f"--set={line}"]).settings,
-        lambda: ms.read_config_file(str(path)),
+        lambda: read_config_file(str(path)),
     ):
         try:
             settings = ms.apply_settings(ms.Config(), read(), "here")
-        except ms.UserError as error:
+        except UserError as error:
             assert len(str(error)) < 2000 + len(line)
         else:
             assert (
@@ -101,7 +105,7 @@ def checkpoint_of(pickle: bytes = b"") -> bytes:
     torch.manual_seed(0)
     made = ms.Config(**SMALL)
     content = {
-        "format_version": ms.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(made),
         "run_id": "r",
     }
@@ -178,7 +182,7 @@ def main() -> None:
         runs += 1
         try:
             TARGETS[arguments.target](data, folder / "input")
-        except ms.UserError:
+        except UserError:
             pass
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,0 +1,141 @@
+"""Metrics: float images in [0, 1], (H, W, 3), by scikit-image."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import skimage
+import torch
+import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
+
+GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the literature's test scripts
+
+
+def check_range(*images: np.ndarray) -> None:
+    """Metrics assume a peak of 1; one value of 1.001 must not turn into a guess."""
+    for image in images:
+        if image.min() < 0 or image.max() > 1:
+            raise ValueError(
+                f"images must be in [0, 1], got [{image.min():.4f}, {image.max():.4f}]"
+            )
+
+
+def psnr_of(enhanced: np.ndarray, high: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB; 100 for equal images, so that means stay finite."""
+    check_range(enhanced, high)
+    if np.array_equal(enhanced, high):
+        return 100.0
+    return float(skimage.metrics.peak_signal_noise_ratio(high, enhanced, data_range=1.0))
+
+
+def ssim_of(enhanced: np.ndarray, high: np.ndarray) -> float:
+    """Structural similarity of (H, W, 3) or grey (H, W) images, scikit-image's default window."""
+    check_range(enhanced, high)
+    axis = 2 if enhanced.ndim == 3 else None
+    return float(
+        skimage.metrics.structural_similarity(high, enhanced, data_range=1.0, channel_axis=axis)
+    )
+
+
+def ciede2000_of(enhanced: np.ndarray, high: np.ndarray) -> float:
+    """Mean colour difference CIEDE2000 (about 1 is just noticeable)."""
+    lab = [skimage.color.rgb2lab(image) for image in (enhanced, high)]
+    return float(skimage.color.deltaE_ciede2000(*lab).mean())
+
+
+def colourfulness(image: np.ndarray) -> float:
+    """Hasler & Suesstrunk 2003, eq. 9-11; 0 for grey."""
+    red_green = image[..., 0] - image[..., 1]
+    yellow_blue = (image[..., 0] + image[..., 1]) / 2 - image[..., 2]
+    spread = math.hypot(red_green.std(), yellow_blue.std())
+    return spread + 0.3 * math.hypot(red_green.mean(), yellow_blue.mean())
+
+
+def wasserstein_of(enhanced: np.ndarray, high: np.ndarray) -> float:
+    """Exact 1-Wasserstein distance between the channels' value distributions, mean over R, G, B, in
+    [0, 1]."""
+    a, b = (np.sort(image.reshape(-1, 3), axis=0) for image in (enhanced, high))
+    return float(np.abs(a - b).mean())
+
+
+def match_mean(enhanced: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """`enhanced` at the target's mean grey: the literature's GT-mean trick. It uses the ground
+    truth."""
+    return np.clip(enhanced * ((high @ GREY).mean() / max((enhanced @ GREY).mean(), 1e-6)), 0, 1)
+
+
+def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
+    """Every score of one picture, (H, W, 3) float in [0, 1] each. Names ending in gt_mean had help
+    from the ground truth."""
+    matched = match_mean(enhanced, high)
+    return {
+        "psnr": psnr_of(enhanced, high),
+        "ssim": ssim_of(enhanced, high),
+        "ciede2000": ciede2000_of(enhanced, high),
+        "colourfulness_ratio": colourfulness(enhanced) / max(colourfulness(high), 1e-6),
+        "wasserstein": wasserstein_of(enhanced, high),
+        "psnr_gt_mean": psnr_of(matched, high),
+        "ssim_grey_gt_mean": ssim_of(np.clip(matched @ GREY, 0, 1), np.clip(high @ GREY, 0, 1)),
+    }
+
+
+def load_lpips(
+    log: Callable[[str], None] = print,
+) -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its
+    weights are missing."""
+    try:
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
+            network = lpips.LPIPS(net="alex", verbose=False).eval()
+    except ImportError:
+        log("LPIPS columns are left out: `pip install lpips` adds them")
+        return None
+    except Exception as error:  # its backbone's weights are downloaded, which fails in many ways
+        log(f"LPIPS columns are left out: its weights could not be loaded ({type(error).__name__})")
+        return None
+
+    @torch.no_grad()
+    def score(enhanced: np.ndarray, high: np.ndarray) -> float:
+        a, b = (
+            torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1
+            for image in (enhanced, high)
+        )
+        return float(network(a, b))
+
+    return score
+
+
+LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean, deviation, median and the worst file of every metric."""
+    summary = {}
+    for name in rows[0]:
+        if name in ("filename", "twin_in_training"):
+            continue
+        values = np.array([row[name] for row in rows])
+        # the worst colourfulness ratio is the one farthest from the target's
+        distance = (
+            np.abs(np.log(values + 1e-9))
+            if name == "colourfulness_ratio"
+            else values
+            if name in LOWER_IS_BETTER
+            else -values
+        )
+        summary[name] = {
+            "mean": float(values.mean()),
+            "std": float(values.std()),
+            "median": float(np.median(values)),
+            "worst": float(values[distance.argmax()]),
+            "worst_file": rows[int(distance.argmax())]["filename"],
+            "uses_ground_truth": name.endswith("gt_mean"),
+        }
+    return summary

@@ -1,0 +1,211 @@
+"""Processes: torchrun starts several; each does its share, the first one speaks and writes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import (
+    contextmanager,
+    redirect_stdout,
+)
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
+from torch import Tensor
+
+from support.settings import UserError
+
+
+def processes() -> int:
+    """How many processes do this job together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them, from 0; the first one prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def my_share(items: Sequence[Any]) -> Sequence[Any]:
+    """Every n-th item, from this process's rank on."""
+    return items[rank() :: processes()]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's `value`, in every process."""
+    box = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, in every process; none goes on before all have come
+    here."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of every process's `values`, in place."""
+    if processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def process_group(mode: str, device: str) -> Iterator[None]:
+    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first
+    fall silent."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if mode not in ("train", "evaluate", "enhance") and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(f"--mode {mode} is the work of one process; start it without torchrun")
+    here, place = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        if here > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start"
+                " one process each"
+            )
+        torch.cuda.set_device(place)
+    # torchrun's default, which leaves cores idle
+    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        torch.set_num_threads(max(1, cores // here))
+    where: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if (
+            os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        ):
+            raise UserError(
+                "--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on"
+                " each; set it there"
+            )
+        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch
+        # issue 135712)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
+        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        where = dict(
+            store=dist.PrefixStore(attempt, store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    dist.init_process_group("nccl" if cuda else "gloo", **where)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+            from_all(True)  # leave together: who leaves a group that is still at work may crash
+    finally:
+        # The group's threads must end before the interpreter does: one that then asks for the GIL
+        # aborts the process.
+        gc.collect()  # DistributedDataParallel holds the group and lies in a cycle
+        dist.destroy_process_group()
+
+
+def progress_style() -> dict[str, Any]:
+    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all
+    but the first process."""
+    terminal = sys.stderr.isatty()
+    interval = 0.2 if terminal else 30.0
+    return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
+
+
+@contextmanager
+def polite_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two; a second
+    Ctrl-C breaks."""
+    import signal
+
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: no signals to catch
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files
+    are removed."""
+    import signal
+
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Loader processes leave Ctrl-C to the main one."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[list[Any], float]]:
+    """What the process at `place` of `of` does of a batch, in up to `parts` parts, each with its
+    share of the batch.
+
+    A process for which nothing is left does the first item at weight 0: it is needed when gradients
+    are exchanged.
+    """
+    mine = np.array_split(np.arange(len(batch)), of)[place]
+    chunks = [chunk for chunk in np.array_split(mine, parts) if len(chunk)]
+    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [
+        ([batch[0]], 0.0)
+    ]
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes
+    when it does not."""
+    import shutil
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield from_first(temporary)
+        from_all(True)
+        if rank() == 0:
+            temporary.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write ({error.strerror or error}); check the folder and the free"
+            " space"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
