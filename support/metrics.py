@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import skimage
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the literature's test scripts
 
@@ -139,3 +141,37 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "uses_ground_truth": name.endswith("gt_mean"),
         }
     return summary
+
+
+def evaluation_summary(
+    rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of summary.json: of all pairs, of those without a twin in training, and
+    `facts`."""
+    means = summarise(rows)
+    alone = [row for row in rows if row["twin_in_training"] is False]
+    without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
+    return {
+        "num_images": len(rows),
+        "psnr": means["psnr"]["mean"],
+        "ssim": means["ssim"]["mean"],
+        "metrics": means,
+        "without_twins": without,
+        "seconds_per_image": means["seconds"]["median"],
+        "checkpoint": checkpoint,
+        "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "versions": {"python": sys.version.split()[0]}
+        | {module.__name__: module.__version__ for module in (torch, np, skimage)},
+        **facts,
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Means on all pairs and on those whose target was not trained on."""
+    parts = [("all", summary["num_images"], summary["metrics"])]
+    if summary["without_twins"]:
+        alone = summary["without_twins"]
+        parts.append(("no twin in training", alone["num_images"], alone["metrics"]))
+    for label, count, scores in parts:
+        means = "  ".join(f"{name} {value['mean']:.4g}" for name, value in scores.items())
+        print(f"{label} ({count}): {means}")

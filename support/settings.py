@@ -1,20 +1,21 @@
-"""Settings: mistakes that the user can mend, documented fields, from JSON or --set."""
+"""Settings: documented dataclass fields, and one parser for JSON, --set and checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import functools
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
-from contextlib import (
-    suppress,
-)
-from dataclasses import field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 LONGEST_CONFIG = 1_000_000  # characters
+Settings = TypeVar("Settings")
 
 
 class UserError(Exception):
@@ -29,21 +30,26 @@ class RunError(UserError):
     status = 1
 
 
+def complain(error: UserError) -> int:
+    """Print the one line of a mistake; returns the exit status."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.status
+
+
 def knob(
     default: Any,
     meaning: str,
-    *,
     low: float | None = None,
     high: float | None = None,
+    *,
     choices: Sequence[str] | None = None,
     architecture: bool = False,
 ) -> Any:
-    """A config field with its documentation, its allowed range and whether it shapes the network's
-    weights."""
+    """A dataclass field with its meaning, its range, and whether it shapes the network."""
     metadata = dict(meaning=meaning, low=low, high=high, choices=choices, architecture=architecture)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def allowed(key: dataclasses.Field) -> str:
@@ -56,9 +62,15 @@ def allowed(key: dataclasses.Field) -> str:
     return words[str(key.type)] + (f" in [{low:g}, {high:g}]" if low is not None else "")
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a text that could name a file: no null byte, no half of a character."""
+    with suppress(UnicodeEncodeError):
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    return False
+
+
 def shown(value: Any) -> str:
-    """A value as JSON in at most 80 characters; what is nested or of a foreign type, and may have
-    no end, by its type."""
+    """A value as JSON in at most 80 characters; anything that could be endless, by its type."""
     items = value if isinstance(value, list) else [value]
     plain = len(items) < 10 and all(
         item is None or isinstance(item, (str, int, float)) for item in items
@@ -67,61 +79,31 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def is_text(value: Any) -> bool:
-    """Whether `value` is a text that could name a file: no null byte, no half of a character."""
-    with suppress(UnicodeEncodeError):
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
-    return False
+def read_value(key: dataclasses.Field, text: str) -> Any:
+    """`text` as the type of `key`. Raises ArgumentTypeError where it is not allowed."""
+    kind, choices = str(key.type), key.metadata["choices"]
 
-
-def is_side(text: str) -> bool:
-    """Whether `text` is a picture side in [16, 8192]."""
-    return text.isdecimal() and len(text) <= 4 and 16 <= int(text) <= 8192
-
-
-def parse_eval_size(text: str, source: str = "eval_size") -> tuple[int, int] | None:
-    """(height, width) of an eval_size such as '128,128'; None for native and auto."""
-    if text in ("auto", "native"):
-        return None
-    parts = text.strip("[]").split(",")
-    if len(parts) == 2 and all(is_side(part.strip()) for part in parts):
-        return int(parts[0]), int(parts[1])
-    raise UserError(
-        f"{source}: eval_size must be auto, native or height,width in [16, 8192], got {text!r}"
-    )
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The settings of a JSON config file, unchecked. Raises UserError for an unreadable file or one
-    that is no object."""
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = set()
-        for name, _ in pairs:
-            if name in names:
-                raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
-            names.add(name)
-        return dict(pairs)
+    def number(part: str) -> Any:
+        value = float(part)
+        if not key.metadata["low"] <= value <= key.metadata["high"]:  # false for NaN
+            raise ValueError
+        if "int" in kind and not value.is_integer():
+            raise ValueError
+        return int(value) if "int" in kind else value
 
     try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read(LONGEST_CONFIG + 1)
-        if len(text) > LONGEST_CONFIG:
-            raise UserError(
-                f"{path}: longer than a config can be; name a JSON file with the keys of --help"
-            )
-        settings = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the config ({error.strerror}); name an existing JSON file"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; a config is JSON") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f'{path}: a config is one JSON object such as {{"batch_size": 1}}')
-    return settings
+        if kind == "str":
+            if not is_text(text) or (choices and text not in choices):
+                raise ValueError
+            return text
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind.startswith("list"):
+            return [number(part) for part in text.strip("[]").split(",")]
+        return number(text)
+    except (ValueError, KeyError):
+        got = shown(text) if kind == "str" else text[:77]
+        raise argparse.ArgumentTypeError(f"must be {allowed(key)}, got {got}") from None
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -139,7 +121,120 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def complain(error: UserError) -> int:
-    """Print the one line of a mistake; returns the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.status
+def key_parser(kinds: Sequence[type], unused: Sequence[str] = ()) -> OneLineParser:
+    """A parser with an option for every field of the dataclasses; its help describes them."""
+    parser = OneLineParser(
+        prog="", usage=argparse.SUPPRESS, add_help=False, argument_default=argparse.SUPPRESS
+    )
+    for kind in kinds:
+        title, note = kind.__name__, (kind.__doc__ or "").split("\n")[0]
+        group = parser.add_argument_group(title, note.replace("%", "%%"))
+        for key in dataclasses.fields(kind):
+            if key.name in unused:
+                continue
+            made = key.default_factory
+            default = key.default if made is dataclasses.MISSING else made()
+            text = f"{key.metadata['meaning']} ({allowed(key)}; default {json.dumps(default)})"
+            group.add_argument(
+                f"--{key.name}",
+                metavar="VALUE",
+                type=functools.partial(read_value, key),
+                help=text.replace("%", "%%"),
+            )
+    return parser
+
+
+def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`given`, name to JSON value or text, as the types of the dataclasses' fields.
+
+    `source` names where it came from. Raises UserError for an unknown key or a value that is not
+    allowed.
+    """
+    keys = {key.name: key for kind in kinds for key in dataclasses.fields(kind)}
+    tokens = []
+    for name, value in given.items():
+        if name not in keys:
+            nearest = difflib.get_close_matches(name[:80], keys, n=1, cutoff=0.0)[0]
+            hint = f"the nearest is {nearest} ({allowed(keys[nearest])})"
+            raise UserError(f"{source}: unknown key {name[:80]}; {hint}")
+        parts = value if isinstance(value, list) else [value]
+        is_list = str(keys[name].type).startswith("list")
+        # bool is an int; whatever else a file may hold, or a list for a number, is no value
+        if not all(isinstance(part, (str, int, float)) for part in parts) or (
+            isinstance(value, list) and not is_list
+        ):
+            problem = f"{name} must be {allowed(keys[name])}, got {shown(value)}"
+            raise UserError(f"{source}: {problem}")
+        words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
+        tokens.append(f"--{name}={','.join(words)}")
+    try:
+        return vars(key_parser(kinds).parse_args(tokens))
+    except UserError as error:
+        problem = re.sub(r"^argument --(\w+): ", r"\1 ", str(error)).removesuffix("; see --help")
+        raise UserError(f"{source}: {problem}") from None
+
+
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """{'batch_size': '4'} of ['batch_size=4'], the words after --set. Raises UserError."""
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"--set {text}: write KEY=VALUE, for example --set batch_size=4")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def build(kind: type[Settings], settings: Mapping[str, Any], source: str) -> Settings:
+    """A dataclass of those of `settings` that are its fields. Raises UserError."""
+    names = {key.name for key in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    try:
+        return kind(**{name: value for name, value in settings.items() if name in names})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The settings of a JSON config file, unchecked. Raises UserError."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            text = stream.read(LONGEST_CONFIG + 1)
+        if len(text) > LONGEST_CONFIG:
+            raise UserError(f"{path}: longer than a config can be; name a JSON file of settings")
+        settings = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        hint = "name an existing JSON file"
+        raise UserError(f"{path}: cannot read the config ({error.strerror}); {hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a config is JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: a config is one JSON object such as {{"batch_size": 1}}')
+    return settings
+
+
+def read_all(
+    kinds: Sequence[type], config_file: str | None, assigned: Sequence[str], unused: Sequence[str]
+) -> dict[str, Any]:
+    """The settings of the config file, and over them those of --set. Raises UserError.
+
+    `unused` keys, which do nothing in this system, are taken from a file but not from --set.
+    """
+    source = config_file or "config"
+    found = read_config_file(config_file) if config_file else {}
+    found = read_settings(kinds, found, source)
+    own = assignments(assigned)
+    for name in unused:
+        found.pop(name, None)  # a config file may be for several systems
+        if name in own:
+            raise UserError(f"--set {name}: changes nothing in this system; leave it out")
+    found |= read_settings(kinds, own, "--set")
+    for kind in kinds:
+        build(kind, found, "--set" if own else source)
+    return found

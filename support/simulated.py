@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage
 from PIL import Image
 
-from support.pictures import linear_to_srgb, srgb_to_linear
+from support.decoding import read_image
+from support.files import write_csv
+from support.metrics import image_metrics
+from support.pictures import linear_to_srgb, srgb_to_linear, write_image
 
 DEMO_TRAIN = (
     "coffee",
@@ -22,6 +27,9 @@ DEMO_TRAIN = (
 
 
 DEMO_TEST = ("astronaut", "rocket")
+
+
+Pairs = Sequence[tuple[np.ndarray, np.ndarray]]  # (low, high), each (H, W, 3) uint8
 
 
 def simulate_infrared(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -67,3 +75,61 @@ def demo_crops(
         )
         order = rng.permutation(3) if recolour else np.arange(3)
         yield np.asarray(crop)[..., order]
+
+
+def write_demo_pairs(folder: Path, side: int, seed: int) -> None:
+    """Simulated pairs under folder/{train,eval}/{low,high}; training and evaluation show different
+    photographs."""
+    rng = np.random.default_rng(seed)
+    for part, names, count in (
+        ("train", DEMO_TRAIN, 36),
+        ("eval", DEMO_TEST, 6),
+    ):
+        for name in names:
+            crops = demo_crops(name, count, side, part == "train", rng)
+            for place, high in enumerate(crops):
+                low = simulate_infrared(high, rng)
+                for kind, pixels in (("high", high), ("low", low)):
+                    path = folder / part / kind / f"{name}_{place}.png"
+                    write_image(path, Image.fromarray(pixels))
+
+
+def gamma_baseline(pairs: Pairs) -> float:
+    """The one exponent in {0.1, 0.15, ..., 1} that brightens (low, high) pairs best, by mean
+    squared error."""
+    low, high = (np.stack([pair[k] for pair in pairs]) / 255.0 for k in (0, 1))
+    exponents = np.arange(0.1, 1.01, 0.05)
+    return min(exponents, key=lambda exponent: float(((low**exponent - high) ** 2).mean()))
+
+
+def read_demo_pairs(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(low, high) of every pair under `folder`, each (H, W, 3) uint8."""
+    names = sorted(path.name for path in (folder / "low").glob("*.png"))
+    return [
+        (read_image(folder / "low" / name), read_image(folder / "high" / name)) for name in names
+    ]
+
+
+def demo_table(data: Path, ours: dict[str, Any], path: Path) -> None:
+    """Input and gamma baseline beside our means `ours`: printed, and written to `path` as CSV.
+
+    `data` is the folder of `write_demo_pairs`.
+    """
+    training, test = (read_demo_pairs(data / part) for part in ("train", "eval"))
+    exponent = gamma_baseline(training)
+    pairs = [(low / 255.0, high / 255.0) for low, high in test]
+    score = image_metrics
+    scores = {
+        "input": [score(low, high) for low, high in pairs],
+        f"gamma {exponent:.2f}": [score(low**exponent, high) for low, high in pairs],
+    }
+    columns = ("psnr", "ssim", "ciede2000", "colourfulness_ratio")
+    rows: list[dict[str, Any]] = [
+        {"method": name} | {c: float(np.mean([row[c] for row in values])) for c in columns}
+        for name, values in scores.items()
+    ]
+    rows.append({"method": "ours"} | {c: ours[c]["mean"] for c in columns})
+    write_csv(path, rows)
+    print(f"\n{'':12}" + "".join(f"{name:>20}" for name in columns))
+    for row in rows:
+        print(f"{row['method']:12}" + "".join(f"{row[name]:20.3f}" for name in columns))

@@ -109,7 +109,8 @@ def enhanced(folder: Path, **changes: Any) -> dict[str, np.ndarray]:
         "enhanced/a.png",
     ]
     run(folder, "enhance", *files, *settings(changes))
-    found = {path.name: np.asarray(Image.open(path)) for path in sorted(target.glob("*.png"))}
+    written = [path for path in sorted(target.glob("*.png")) if not path.stem.endswith("_view")]
+    found = {path.name: np.asarray(Image.open(path)) for path in written}
     for path in target.glob("*.png"):
         path.unlink()
     return found
