@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from support.cameras import check_probe
 from support.files import atomic_path, make_folder, write_bytes
 from support.processes import restarted
 from support.settings import UserError, build, is_text, read_settings, shown
@@ -162,6 +163,18 @@ def build_model(system: type[Any], config: Any, checkpoint: dict[str, Any], path
         model = system(config)
         load_weights(model, checkpoint, path)
     return model
+
+
+def camera_parts(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    """The second network of released weights, for infrared pictures, as a checkpoint of its own.
+
+    Raises UserError where it, or the table that tells the cameras apart, is damaged.
+    """
+    found = checkpoint["cameras"]
+    if type(found) is not dict or "infrared" not in found:
+        raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
+    check_probe(found.get("probe"), path)
+    return checkpoint | {"model": found["infrared"]}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -63,6 +63,8 @@ def find_inputs(
 def one_target(given: str, output: str, suffixes: Sequence[str]) -> Path:
     """The file that `output` means for the one file `given`. Raises UserError."""
     target = Path(output)
+    if Path(given).suffix.lower() in set(VIDEO_SUFFIXES) - set(suffixes):
+        raise UserError(f"--input {given}: is a clip; use python tools/enhance_video.py for it")
     if target.is_dir() or output.endswith(("/", os.sep)):
         target = target / Path(given).name
     if target.suffix.lower() not in suffixes:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from support.decoding import SUFFIXES, read_image
 from support.processes import progress_style
+from support.scenes import split_by_scene
 from support.settings import UserError
 
 
@@ -171,3 +172,25 @@ def source_pairs(
                 found = [found[place] for place in places]
             pairs[kind] += [pair._replace(name=f"{source['name']}/{pair.name}") for pair in found]
     return pairs["train"], pairs["val"]
+
+
+def training_data(config: Any, room: int) -> tuple[PairStore, list[int], PairStore, list[int]]:
+    """(training store, its indices, validation store, its indices), which cache up to `room` bytes.
+
+    Validation pairs are the sources' own, those of val_low_dir, or split off by scene.
+    """
+    skip = config.on_bad_file == "skip"
+    if not config.sources and not config.val_low_dir:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        store = PairStore(pairs, room, skip)
+        split = (config.val_fraction, config.scene_similarity, config.seed)
+        training, validation = split_by_scene(store.thumbnails, *split)
+        return store, training, store, validation
+    if config.sources:
+        pairs, held = source_pairs(config.sources, config.val_pairs)
+    else:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        held = find_pairs(config.val_low_dir, config.val_high_dir, "val")
+    store = PairStore(pairs, room, skip)
+    held_out = PairStore(held, store.room, skip)
+    return store, list(range(len(store))), held_out, list(range(len(held_out)))
