@@ -69,12 +69,16 @@ def is_text(value: Any) -> bool:
     return False
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether `value` is a text or a number that Python will print: it refuses endless integers,
+    which a pickle can hold."""
+    return isinstance(value, (str, float)) or (isinstance(value, int) and value.bit_length() < 9999)
+
+
 def shown(value: Any) -> str:
     """A value as JSON in at most 80 characters; anything that could be endless, by its type."""
     items = value if isinstance(value, list) else [value]
-    plain = len(items) < 10 and all(
-        item is None or isinstance(item, (str, int, float)) for item in items
-    )
+    plain = len(items) < 10 and all(item is None or is_scalar(item) for item in items)
     text = json.dumps(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -160,9 +164,7 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
         parts = value if isinstance(value, list) else [value]
         is_list = str(keys[name].type).startswith("list")
         # bool is an int; whatever else a file may hold, or a list for a number, is no value
-        if not all(isinstance(part, (str, int, float)) for part in parts) or (
-            isinstance(value, list) and not is_list
-        ):
+        if not all(map(is_scalar, parts)) or (isinstance(value, list) and not is_list):
             problem = f"{name} must be {allowed(keys[name])}, got {shown(value)}"
             raise UserError(f"{source}: {problem}")
         words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
@@ -195,11 +197,12 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The settings of a JSON config file, unchecked. Raises UserError."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
                 raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
-        return dict(pairs)
+            found[name] = value
+        return found
 
     try:
         with open(path, encoding="utf-8") as stream:
