@@ -161,16 +161,13 @@ def main_with(
     mode: str,
     settings: dict[str, Any],
     *arguments: str | Path,
-    model_class: type[torch.nn.Module] | None = None,
+    system: type[ms.System] = ms.ConditionalFlow,
 ) -> int:
     """Run a mode in this process; returns its exit status."""
     path = Path(settings["results_dir"]).parent / "settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings), encoding="utf-8")
-    return ms.main(
-        ["--mode", mode, "--config", str(path), *map(str, arguments)],
-        model_class or ms.ConditionalFlow,
-    )
+    return ms.main(["--mode", mode, "--config", str(path), *map(str, arguments)], system)
 
 
 def differing(a: Any, b: Any, place: str = "") -> list[str]:
