@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -51,10 +52,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support import checkpoints, files, metrics, pictures, processes, settings, simulated
+from support import checkpoints, commands, files, metrics, pictures, processes, settings, simulated
 from support.curves import Curves
 from support.decoding import SUFFIXES, VIDEO_SUFFIXES, read_image, read_picture
-from support.folders import find_jobs, means_many, natural_key, pictures_by_stem, work_off
+from support.folders import find_jobs, means_many, work_off
+from support.pairs import PairStore, chosen_pairs, find_pairs, source_pairs
 from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
@@ -68,6 +70,7 @@ from support.tiles import latent_noise, plan_tiles
 
 RELEASED = Path(__file__).resolve().parent / "checkpoints" / "released.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
+KERNELS = ("triangle", "inverse_quadratic")
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 
 
@@ -82,27 +85,28 @@ class Config:
     train_high_dir: str = knob(f"{ARCHIVE_TRAIN}/high", "their targets, paired by file stem")
     val_low_dir: str = knob("", "dark validation photographs; empty: split off by scene")
     val_high_dir: str = knob("", "their targets")
+    sources: list[dict] = knob([], "several sets of pairs in place of these; see docs/training.md")
+    epoch_samples: int = knob(0, "with sources: samples of an epoch; 0: as many as pairs", 0, 10**9)
+    val_pairs: int = knob(0, "with sources: validation pairs of each; 0: all", 0, 10**9)
     val_fraction: float = knob(0.1, "share of the pairs to split off, whole scenes", 0.0, 0.9)
     scene_similarity: float = knob(0.85, "correlation of targets that show one scene", 0.0, 1.0)
-    on_bad_file: str = knob(
-        "error", "a bad file stops the run or is left out", choices=("error", "skip")
-    )
+    on_bad_file: str = knob("error", "bad files: stop, or leave out", choices=("error", "skip"))
     image_size: list[int] = knob([128, 128], "height,width of resized whole pictures", 16, 8192)
     crop_size: int = knob(0, "side of training crops, a multiple of 8; 0: resize pictures", 0, 4096)
-    crop_scales: list[float] = knob(
-        [1.0, 0.5, 0.0], "scales of crops, drawn evenly; 1: native, 0: whole picture", 0.0, 1.0
-    )
+    crop_scales: list[float] = knob([1.0, 0.5, 0.0], "drawn evenly; 0: whole picture", 0.0, 1.0)
     whole_share: float = knob(0.0, "with crops: share of batches of whole pictures", 0.0, 1.0)
-    window_min: float = knob(
-        0.45, "augmentation: least side that plays the whole picture", 0.1, 1.0
-    )
+    whole_batch: int = knob(0, "with sources: size of whole batches; 0: batch_size", 0, 4096)
+    window_min: float = knob(0.45, "augmentation: least side that plays the whole", 0.1, 1.0)
     flips: bool = knob(True, "augmentation: mirror, and transpose square inputs")
     exposure_gain: float = knob(0.3, "augmentation: gain on low, in stops either way", 0.0, 4.0)
     channel_gain: float = knob(0.05, "augmentation: gain per channel of low, relative", 0.0, 0.9)
-    # model
-    flow_channels: int = knob(
-        96, "hidden width of couplings, base width of branches", 8, 1024, architecture=True
+    identity_share: float = knob(
+        0.0, "share of samples whose low is high: leave it alone", 0.0, 1.0
     )
+    paste_share: float = knob(0.0, "share of samples with parts of high pasted into low", 0.0, 1.0)
+    mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
+    # model
+    flow_channels: int = knob(96, "width of couplings and branches", 8, 1024, architecture=True)
     num_flow_blocks: int = knob(2, "flow steps at each of two scales", 1, 64, architecture=True)
     thumbnail_size: int = knob(128, "side of the global branch's view", 32, 512, architecture=True)
     global_dropout: float = knob(0.1, "channel dropout inside the global branch", 0.0, 0.9)
@@ -110,11 +114,11 @@ class Config:
     nll_weight: float = knob(0.5, "weight of the NLL, in bits per dimension", 0.0, 1e6)
     l1_weight: float = knob(10.0, "weight of |enhanced - high|", 0.0, 1e6)
     ssim_weight: float = knob(1.0, "weight of 1 - SSIM(enhanced, high)", 0.0, 1e6)
+    gt_mean_spread: float = knob(0.0, "GT-mean loss: how near means count as equal; 0: off", 0, 10)
+    nll_every: int = knob(1, "steps between two that compute the likelihood", 1, 1000)
     colour_weight: float = knob(2.0, "weight of the colour histograms' distance", 0.0, 1e6)
     histogram_bins: int = knob(64, "bins of the colour histograms", 2, 1024)
-    histogram_kernel: str = knob(
-        "triangle", "soft assignment of values to bins", choices=("triangle", "inverse_quadratic")
-    )
+    histogram_kernel: str = knob("triangle", "assignment of values to bins", choices=KERNELS)
     histogram_sigma: float = knob(0.002, "width of the inverse_quadratic kernel", 1e-6, 100.0)
     histogram_size: int = knob(40, "side to which pictures are averaged before that", 1, 4096)
     # training
@@ -123,6 +127,7 @@ class Config:
     num_epochs: int = knob(30, "passes over the training pairs", 1, 1_000_000)
     max_minutes: float = knob(0.0, "stop after so many minutes; 0: no limit", 0.0, 1e6)
     learning_rate: float = knob(2e-4, "peak learning rate of AdamW", 1e-8, 1.0)
+    global_rate: float = knob(1.0, "the global branch's learning rate, relative", 0.0, 100.0)
     warmup_steps: int = knob(100, "linear warm-up, then cosine decay to 1 %", 0, 10_000_000)
     weight_decay: float = knob(1e-4, "decoupled weight decay of AdamW", 0.0, 1.0)
     gradient_clip: float = knob(1.0, "largest norm of the gradient", 1e-6, 1e6)
@@ -149,6 +154,8 @@ class Config:
             raise UserError("val_low_dir and val_high_dir must be given together")
         if not self.val_low_dir and self.val_fraction == 0:
             raise UserError("val_fraction must be above 0 where no val_low_dir is named")
+        if self.identity_share + self.paste_share > 1:
+            raise UserError("identity_share and paste_share must sum to at most 1")
         if not any((self.nll_weight, self.l1_weight, self.ssim_weight, self.colour_weight)):
             weights = "nll_weight, l1_weight, ssim_weight and colour_weight"
             raise UserError(f"one of {weights} must be above 0")
@@ -166,9 +173,7 @@ class Use:
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets")
     scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
-    eval_size: str = knob(
-        "auto", "native, or height,width; auto: native for models of crops, else image_size"
-    )
+    eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
     temperature: float = knob(0.0, "spread of samples, in prior deviations; 0: the mean", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
@@ -215,102 +220,6 @@ RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 # --------------------------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    """Two files of one stem."""
-
-    name: str
-    low: Path
-    high: Path
-
-
-def find_pairs(
-    low_dir: str, high_dir: str, kind: str, log: Callable[[str], None] = print
-) -> list[Pair]:
-    """Pairs in natural order; files without a partner are counted and named through `log`.
-
-    `kind` is train, val or eval and names the config keys in errors. Raises UserError when nothing
-    pairs up.
-    """
-    lows = pictures_by_stem(low_dir, f"{kind}_low_dir")
-    highs = pictures_by_stem(high_dir, f"{kind}_high_dir")
-    for folder, here, there in ((low_dir, lows, highs), (high_dir, highs, lows)):
-        orphans = sorted(here.keys() - there.keys(), key=natural_key)
-        if orphans:
-            names = ", ".join(here[stem].name for stem in orphans)
-            log(f"{kind}: {len(orphans)} pictures in {folder} have no partner: {names}")
-    stems = sorted(lows.keys() & highs.keys(), key=natural_key)
-    if not stems:
-        hint = f"no file in {low_dir} shares its stem with one in {high_dir}"
-        raise UserError(f"{kind}_low_dir: {hint}; pairs are matched by stem")
-    return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
-
-
-def evaluation_pairs(use: Use) -> list[Pair]:
-    """The pairs to score: those whose stems `scenes` names, in its order, or all.
-
-    Raises UserError for a stem that is not there.
-    """
-    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
-    known = {pair.name: pair for pair in pairs}
-    wanted = [stem.strip() for stem in use.scenes.split(",") if stem.strip()]
-    for stem in wanted:
-        if stem not in known:
-            there = f"there are {len(known)}, from {min(known)} to {max(known)}"
-            raise UserError(f"scenes: no pair has the stem {stem}; {there}")
-    return [known[stem] for stem in dict.fromkeys(wanted)] or pairs
-
-
-class PairStore:
-    """Decoded pairs, kept as uint8 up to `room` bytes and read again beyond it.
-
-    Every file is decoded once at construction, so that a bad one is reported before the first step.
-    `thumbnails` holds each target at 16x16 (N, 16, 16, 3) uint8; scenes and twins are told by them.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], room: int, skip_bad: bool = False) -> None:
-        self.pairs: list[Pair] = []
-        self.room = room
-        self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        thumbnails = []
-        for pair in tqdm(pairs, desc="reading pairs", leave=False, **progress_style()):
-            try:
-                low, high = self._read(pair)
-            except UserError as error:
-                if not skip_bad:
-                    hint = "or leave such files out with --set on_bad_file=skip"
-                    raise UserError(f"{error}; {hint}") from None
-                tqdm.write(f"left out: {error}")
-                continue
-            self.pairs.append(pair)
-            thumbnail = Image.fromarray(high).resize((16, 16), Image.Resampling.BOX)
-            thumbnails.append(np.asarray(thumbnail))
-            if low.nbytes + high.nbytes <= self.room:
-                self.room -= low.nbytes + high.nbytes
-                self._cache[pair.name] = (low, high)
-        if not self.pairs:
-            raise UserError(f"{pairs[0].low.parent}: not one readable pair is left")
-        self.thumbnails = np.stack(thumbnails)
-
-    @staticmethod
-    def _read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        low, high = read_image(pair.low), read_image(pair.high)
-        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (low, high)]
-        if low.shape != high.shape:
-            difference = f"{sizes[0]} against {sizes[1]} in {pair.high}"
-            raise UserError(f"{pair.low}: the pair's sizes differ, {difference}")
-        if min(low.shape[:2]) < 16:
-            raise UserError(f"{pair.low}: {sizes[0]} is too small; the least side is 16")
-        return low, high
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high), each (H, W, 3) uint8."""
-        pair = self.pairs[index]
-        return self._cache[pair.name] if pair.name in self._cache else self._read(pair)
-
-
 class Sample(NamedTuple):
     """A batch, or one item of it before collation. Values in [0, 1] but `box`.
 
@@ -328,11 +237,13 @@ WHOLE_BOX = (0.0, 0.0, 1.0, 1.0)
 
 
 class Draw(NamedTuple):
-    """Pair number `pair` as `epoch` augments it; `whole` at image_size, else cropped."""
+    """Pair number `pair` as `epoch` augments it; `whole` at image_size, else cropped; `turn` counts
+    how often the epoch has shown the pair before."""
 
     epoch: int
     pair: int
     whole: bool = False
+    turn: int = 0
 
 
 class TrainingSamples(Dataset):
@@ -340,23 +251,56 @@ class TrainingSamples(Dataset):
 
     def __init__(self, store: PairStore, indices: Sequence[int], config: Config) -> None:
         self.store, self.indices, self.config = store, indices, config
+        self.members = store.by_source(indices)
+        self.darken = {item["name"]: item["darken"] for item in config.sources}
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, draw: Draw | tuple[int, int]) -> Sample:
-        epoch, index, whole = Draw(*draw)
-        rng = np.random.default_rng((self.config.seed, epoch, index))
+        epoch, index, whole, turn = Draw(*draw)
+        key = (self.config.seed, epoch, index, *([turn] if turn else []))
+        rng = np.random.default_rng(key)
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
-        window = slice(top, top + height), slice(left, left + width)
-        pair = torch.stack([to_tensor(low[window]), to_tensor(high[window])])
+        window = (slice(top, top + height), slice(left, left + width))
+        altered = self._alter(low, high, window, index, np.random.default_rng((*key, 2**31)))
+        pair = torch.stack([to_tensor(altered[0]), to_tensor(altered[1])])
         if self.config.crop_size and not whole:
             pixels, box = self._crop(pair, rng)
         else:
             pixels, box = resize(pair, self.config.image_size, quantise=True), WHOLE_BOX
         thumbnail = resize(pair[:1], [self.config.thumbnail_size] * 2)[0]
-        return self._augment(Sample(pixels[0], pixels[1], thumbnail, torch.tensor(box)), rng)
+        sample = Sample(pixels[0], pixels[1], thumbnail, torch.tensor(box))
+        return self._augment(sample, rng, keep_exposure=altered[2])
+
+    def _alter(
+        self,
+        low: np.ndarray,
+        high: np.ndarray,
+        window: tuple[slice, slice],
+        index: int,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """The window of low and of high, made anew as the config's shares say, and whether low's
+        exposure must stay: what is well exposed is to be left alone."""
+        config, shape = self.config, low.shape
+        source = self.store.pairs[self.indices[index]].source
+        low, high = low[window], high[window]
+        if self.darken.get(source) and rng.random() < self.darken[source]:
+            low, high = simulated.darkened(high, rng)
+        if config.mixup_share and rng.random() < config.mixup_share:
+            other = self.store[self.indices[int(rng.choice(self.members[source]))]]
+            if other[0].shape == shape:
+                weight = rng.beta(1.2, 1.2)
+                low = simulated.mix_light(low, other[0][window], weight)
+                high = simulated.mix_light(high, other[1][window], weight)
+        chance = rng.random()
+        if chance < config.identity_share:
+            return high, high, True
+        if chance < config.identity_share + config.paste_share:
+            return simulated.paste_bright(low, high, rng), high, True
+        return low, high, False
 
     def _window(
         self, shape: tuple[int, ...], rng: np.random.Generator
@@ -383,7 +327,7 @@ class TrainingSamples(Dataset):
         box = (left / width, top / height, (left + side) / width, (top + side) / height)
         return resize(cut, (crop, crop), quantise=True), box
 
-    def _augment(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def _augment(self, sample: Sample, rng: np.random.Generator, keep_exposure: bool) -> Sample:
         """Gains on low and thumbnail; mirrored and transposed with the box."""
         config, (low, high, thumbnail) = self.config, sample[:3]
         flip_x, flip_y, swap = (bool(x) for x in rng.integers(0, 2, 3))
@@ -391,7 +335,8 @@ class TrainingSamples(Dataset):
         gains = torch.tensor(
             gain * (1 + config.channel_gain * rng.uniform(-1, 1, 3)), dtype=torch.float32
         )[:, None, None]
-        low, thumbnail = (low * gains).clamp(0, 1), (thumbnail * gains).clamp(0, 1)
+        if not keep_exposure:
+            low, thumbnail = (low * gains).clamp(0, 1), (thumbnail * gains).clamp(0, 1)
         left, top, right, bottom = sample.box.tolist()
         images = [low, high, thumbnail]
         if config.flips and flip_x:
@@ -415,6 +360,36 @@ def batch_plan(count: int, config: Config, epoch: int) -> list[list[Draw]]:
     return [
         [Draw(epoch, index, all_of_it) for index in batch]
         for batch, all_of_it in zip(batches, whole, strict=True)
+    ]
+
+
+def epoch_steps(count: int, config: Config) -> int:
+    """Batches in an epoch over `count` pairs."""
+    samples = (config.epoch_samples if config.sources else 0) or count
+    return math.ceil(samples / config.batch_size)
+
+
+def source_plan(
+    members: Sequence[Sequence[int]], shares: Sequence[float], config: Config, epoch: int
+) -> list[list[Draw]]:
+    """The batches of an epoch over several sources, each with its share of the samples.
+
+    `members` are the sources' pair numbers; a source shows all its pairs before it repeats one. A
+    pure function, as `batch_plan`; batches of whole pictures hold whole_batch.
+    """
+    rng = np.random.default_rng((config.seed, epoch, 2**31))
+    whole = rng.random(epoch_steps(sum(map(len, members)), config)) < config.whole_share
+    sizes = np.where(whole, config.whole_batch or config.batch_size, config.batch_size)
+    ends = np.rint(np.cumsum(shares) / np.sum(shares) * sizes.sum()).astype(int)
+    drawn: list[tuple[int, int]] = []
+    for numbers, count in zip(members, np.diff(ends, prepend=0).tolist(), strict=True):
+        laps = [rng.permutation(len(numbers)) for _ in range(math.ceil(count / len(numbers)))]
+        order = np.concatenate(laps)[:count].tolist() if laps else []
+        drawn += [(numbers[place], turn // len(numbers)) for turn, place in enumerate(order)]
+    order = iter(rng.permutation(len(drawn)).tolist())
+    return [
+        [Draw(epoch, drawn[i][0], all_of_it, drawn[i][1]) for i in itertools.islice(order, size)]
+        for size, all_of_it in zip(sizes.tolist(), whole.tolist(), strict=True)
     ]
 
 
@@ -629,13 +604,46 @@ def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
     return histogram_wasserstein(p, q).mean()
 
 
+def mean_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference (B,) of (B, C, H, W) images."""
+    return (a - b).abs().mean((1, 2, 3))
+
+
+def gt_mean_weight(enhanced: Tensor, high: Tensor, spread: float) -> Tensor:
+    """(B,) in [0, 1], detached: how far the means m of (B, 3, H, W) pictures differ.
+
+    The Bhattacharyya distance, at most 1, of the two N(m, (spread m)^2): Liao et al., ICCV 2025.
+    """
+    ours, theirs = (image.detach().mean((1, 2, 3)).clamp(min=1e-3) for image in (enhanced, high))
+    total = ours**2 + theirs**2
+    distance = (ours - theirs) ** 2 / (4 * spread**2 * total)
+    return (distance + 0.5 * (total / (2 * ours * theirs)).log()).clamp(max=1.0)
+
+
+def gt_mean(
+    loss: Callable[[Tensor, Tensor], Tensor], enhanced: Tensor, high: Tensor, spread: float
+) -> Tensor:
+    """(B,) W loss(x, y) + (1 - W) loss(lambda x, y), where lambda x has the mean of y: a brightness
+    that is about right is right enough. Liao et al., GT-mean loss, ICCV 2025; spread 0: loss(x, y).
+    """
+    plain = loss(enhanced, high)
+    if not spread:
+        return plain
+    weight = gt_mean_weight(enhanced, high, spread)
+    means = [image.mean((1, 2, 3), keepdim=True) for image in (enhanced, high)]
+    scale = means[1] / means[0].clamp(min=1e-3)
+    return weight * plain + (1 - weight) * loss(enhanced * scale, high)
+
+
 def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
     """The weighted terms that compare (B, 3, H, W) pictures; none of weight 0."""
     terms: dict[str, Tensor] = {}
     if config.l1_weight:
-        terms["l1"] = config.l1_weight * F.l1_loss(enhanced, high)
+        distance = gt_mean(mean_distance, enhanced, high, config.gt_mean_spread)
+        terms["l1"] = config.l1_weight * distance.mean()
     if config.ssim_weight:
-        terms["ssim"] = config.ssim_weight * (1 - ssim(enhanced, high).mean())
+        similarity = gt_mean(ssim, enhanced, high, config.gt_mean_spread)
+        terms["ssim"] = config.ssim_weight * (1 - similarity.mean())
     if config.colour_weight:
         terms["colour"] = config.colour_weight * colour_loss(enhanced, high, config)
     return terms
@@ -734,6 +742,7 @@ class System(nn.Module):
     program = "model_script.py"
     recipe = "cpu_train_config.json"
     unused: ClassVar[tuple[str, ...]] = ()
+    released: ClassVar[Path | None] = None  # its shipped weights
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -769,8 +778,8 @@ class System(nn.Module):
         """The rate of a step; `progress` in [0, 1] is the share of the run that is done."""
         return learning_rate_at(progress, step, self.config)
 
-    def begin_step(self, progress: float) -> None:
-        """Told before every step, for training in stages; it must follow from `progress` alone."""
+    def begin_step(self, progress: float, step: int = 0) -> None:
+        """Told before every step, for training in stages; it must follow from these two alone."""
 
 
 class GlobalBranch(nn.Module):
@@ -893,6 +902,7 @@ class ConditionalFlow(System):
     """p(high | low): an exact flow under N(mu(low), sigma^2 I); two branches give mu."""
 
     system = "ConditionalFlow"
+    released = RELEASED
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -901,6 +911,21 @@ class ConditionalFlow(System):
         self.local_branch = LocalBranch(width)
         self.flow = Flow(config.num_flow_blocks, config.flow_channels, width, 2 * width)
         self.log_sigma = nn.Parameter(torch.tensor(math.log(0.5)))
+        self.with_likelihood = True
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, the global branch at global_rate times the rate."""
+        if self.config.global_rate == 1:
+            return super().make_optimizer()
+        slow = list(self.global_branch.parameters())
+        known = {id(parameter) for parameter in slow}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        slow_group = {"params": slow, "lr_scale": self.config.global_rate}
+        return adamw([{"params": others}, slow_group], self.config)
+
+    def begin_step(self, progress: float, step: int = 0) -> None:
+        """The likelihood is computed every nll_every steps."""
+        self.with_likelihood = step % self.config.nll_every == 0
 
     @property
     def receptive_field(self) -> int:
@@ -971,7 +996,7 @@ class ConditionalFlow(System):
         config = self.config
         condition = self.condition(batch.low, self.survey(batch.thumbnail), batch.box)
         terms: dict[str, Tensor] = {}
-        if config.nll_weight:
+        if config.nll_weight and self.with_likelihood:
             terms["nll"] = config.nll_weight * self.code_length(batch.high, condition)[0].mean()
         if config.l1_weight or config.ssim_weight or config.colour_weight:
             terms |= picture_losses(self.decode(condition), batch.high, config)
@@ -1019,15 +1044,20 @@ def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.Aver
 def training_data(config: Config, use: Use) -> tuple[PairStore, list[int], PairStore, list[int]]:
     """(training store, its indices, validation store, its indices)."""
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+    if not config.sources and not config.val_low_dir:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        store = PairStore(pairs, room, skip)
+        split = (config.val_fraction, config.scene_similarity, config.seed)
+        training, validation = split_by_scene(store.thumbnails, *split)
+        return store, training, store, validation
+    if config.sources:
+        pairs, held = source_pairs(config.sources, config.val_pairs)
+    else:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        held = find_pairs(config.val_low_dir, config.val_high_dir, "val")
     store = PairStore(pairs, room, skip)
-    if config.val_low_dir:
-        pairs = find_pairs(config.val_low_dir, config.val_high_dir, "val")
-        held_out = PairStore(pairs, store.room, skip)
-        return store, list(range(len(store))), held_out, list(range(len(held_out)))
-    split = (config.val_fraction, config.scene_similarity, config.seed)
-    training, validation = split_by_scene(store.thumbnails, *split)
-    return store, training, store, validation
+    held_out = PairStore(held, store.room, skip)
+    return store, list(range(len(store))), held_out, list(range(len(held_out)))
 
 
 class LossModule(nn.Module):
@@ -1081,7 +1111,7 @@ class Trainer:
         self.run_id = processes.broadcast(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if state is not None:
             self._restore(state, str(resume))
-        self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
+        self.steps_per_epoch = epoch_steps(len(self.training), config)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.parallel: nn.Module = LossModule(self.model)
         if processes.world_size() > 1:
@@ -1118,10 +1148,10 @@ class Trainer:
                     hint = f"go on with --mode train --resume {path}"
                     tqdm.write(f"stopped at step {self.step}; {hint}")
                     return 130
-            found = {"hparam/best_validation_psnr": self.best, "hparam/minutes": self.minutes}
+            found = {"hparam/best_validation_score": self.best, "hparam/minutes": self.minutes}
             self.curves.conclude(dataclasses.asdict(config), found)
         best = self.folder / "best_model.pth"
-        print(f"best weights: {best} (validation PSNR {self.best:.2f} dB)")
+        print(f"best weights: {best} (validation score {self.best:.2f})")
         print(f"newest checkpoint: {checkpoints.newest_checkpoint(self.folder)}")
         print(f"curves: tensorboard --logdir {config.log_dir}")
         return 0
@@ -1129,11 +1159,10 @@ class Trainer:
     def _train_epoch(self, epoch: int, bar: tqdm, interrupted: list[int]) -> bool:
         """What is left of an epoch; returns early, and True, on a signal to any process."""
         self.model.train()
-        config = self.config
-        bar.set_description(f"epoch {epoch + 1}/{config.num_epochs}")
-        batches = batch_plan(len(self.training), config, epoch)[self.step % self.steps_per_epoch :]
+        bar.set_description(f"epoch {epoch + 1}/{self.config.num_epochs}")
+        batches = self._plan(epoch)[self.step % self.steps_per_epoch :]
         place, of = rank(), processes.world_size()
-        plans = [processes.divide(batch, place, of, config.accumulate) for batch in batches]
+        plans = [processes.divide(batch, place, of, self.config.accumulate) for batch in batches]
         parts = iter(self._loader([part for plan in plans for part, _ in plan]))
         started = time.monotonic()
         for batch, plan in zip(batches, plans, strict=True):
@@ -1150,7 +1179,7 @@ class Trainer:
                 self.curves.scalars(scalars | {"train/gradient_norm": norm} | speed, self.step)
             shown = {name: f"{value:.3f}" for name, value in terms.items()}
             if math.isfinite(self.best):
-                shown["best_psnr"] = f"{self.best:.2f}"
+                shown["best"] = f"{self.best:.2f}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if stop or self._out_of_time():
@@ -1166,7 +1195,7 @@ class Trainer:
         sum to 1.
         """
         progress = self._progress()
-        self.model.begin_step(progress)
+        self.model.begin_step(progress, self.step)
         rate = self.model.learning_rate_at(progress, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -1208,26 +1237,36 @@ class Trainer:
             except NotFinite:
                 problem = f"step {self.step}: an enhanced picture is not finite"
                 raise RunError(f"{problem}; {self._way_back()}") from None
-            scores.append(scored.row)
+            scores.append((self.held_out.pairs[index].source, scored.row))
             if len(shown) < 4:
                 images = [scored.low, scored.enhanced, scored.high, *scored.extra.values()]
                 shown.append(torch.cat(images, dim=-1))
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
-        means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+        means, choice = metrics.validation_means(scores)
         curves = {f"validation/{name}": value for name, value in means.items()}
         self.curves.scalars(curves, self.step)
         self.curves.validation(shown, latents, self.step)
-        better = means["psnr"] > self.best
-        self.best = max(self.best, means["psnr"])
+        better = choice > self.best
+        self.best = max(self.best, choice)
         if better and rank() == 0:
             content = {**self._deployable(), "validation": means}
             checkpoints.save_checkpoint(self.folder / "best_model.pth", content)
-        told = {name: means[name] for name in ("psnr", "ssim", "bits_per_dim") if name in means}
-        words = "  ".join(f"{name} {value:.4g}" for name, value in told.items())
-        tqdm.write(f"epoch {epoch} ({self.minutes:.1f} min): {words}{'  best' if better else ''}")
+        words = metrics.told(means)
+        words += f"  score {choice:.2f}{'  best' if better else ''}"
+        tqdm.write(f"epoch {epoch} ({self.minutes:.1f} min): {words}")
 
     # helpers --------------------------------------------------------------------------------------
+
+    def _plan(self, epoch: int) -> list[list[Draw]]:
+        """The batches of an epoch."""
+        if not self.config.sources:
+            return batch_plan(len(self.training), self.config, epoch)
+        members = self.store.by_source(self.training)
+        shares = {source["name"]: source["share"] for source in self.config.sources}
+        return source_plan(
+            list(members.values()), [shares[name] for name in members], self.config, epoch
+        )
 
     def _loader(self, batches: Sequence[list[Draw]]) -> DataLoader:
         samples = TrainingSamples(self.store, self.training, self.config)
@@ -1575,9 +1614,9 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode evaluate."""
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     use, config = loaded.use, loaded.model.config
-    store = PairStore(
-        evaluation_pairs(use), use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    )
+    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
+    room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
+    store = PairStore(chosen_pairs(pairs, use.scenes), room, skip)
     twins = training_twins(store.thumbnails, loaded.checkpoint)
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
@@ -1734,69 +1773,6 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 MODES = {"train": train, "evaluate": evaluate, "enhance": enhance, "demo": demo}
-EXAMPLES = """\
-examples
-  enhance    python {program} --mode enhance  --input low.jpg --output enhanced.jpg
-  folder     python {program} --mode enhance  --input photos --output enhanced
-  demo       python {program} --mode demo     --config {recipe}
-  train      python {program} --mode train    --config {recipe}
-  resume     python {program} --mode train    --resume {folder}
-  evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
-  curves     tensorboard --logdir logs
-
-settings: in the JSON file of --config, or one by one with --set KEY=VALUE
-"""
-
-
-def command_line(system: type[System]) -> settings.OneLineParser:
-    """The parser of the command line, whose help describes every mode and every key."""
-    config = system.config_class()
-    epilog = EXAMPLES.format(
-        program=system.program, recipe=system.recipe, folder=config.checkpoint_dir
-    )
-    keys = settings.key_parser((system.config_class, Use), system.unused).format_help()
-    weights = RELEASED if system is ConditionalFlow else "best_model.pth in checkpoint_dir"
-    parser = settings.OneLineParser(
-        description=f"Enhance dark photographs with {system.method}.",
-        epilog=f"{epilog}\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--mode", required=True, choices=MODES)
-    add("--config", metavar="FILE", help="JSON file with any of the keys below")
-    add("--set", metavar="KEY=VALUE", action="append", default=[], help="one key; repeatable")
-    add("--checkpoint", metavar="FILE", help=f"weights to use; default: {weights}")
-    add("--resume", metavar="FILE", help="train: the checkpoint, or its folder, to go on from")
-    add("--input", metavar="FILE", help="enhance: a picture, a folder, or a pattern in quotes")
-    add("--output", metavar="FILE", help="enhance: the picture (its suffix counts) or a folder")
-    return parser
-
-
-def parse_command_line(
-    argv: Sequence[str] | None = None, system: type[System] = ConditionalFlow
-) -> argparse.Namespace:
-    """Arguments, with `settings` added: the config file's and --set's, checked."""
-    arguments = command_line(system).parse_args(argv)
-    takes: dict[str, tuple[str, ...]] = {"train": ("resume",), "evaluate": ("checkpoint",)}
-    takes |= {"enhance": ("checkpoint", "input", "output")}
-    for name in ("checkpoint", "resume", "input", "output"):
-        given = getattr(arguments, name) is not None
-        if given and name not in takes.get(arguments.mode, ()):
-            raise UserError(f"--{name} does nothing in --mode {arguments.mode}; leave it out")
-        if not given and arguments.mode == "enhance" and name in ("input", "output"):
-            raise UserError(f"--mode enhance needs --{name} FILE")
-    kinds, unused = (system.config_class, Use), system.unused
-    arguments.settings = settings.read_all(kinds, arguments.config, arguments.set, unused)
-    if arguments.checkpoint is None and "checkpoint" in takes.get(arguments.mode, ()):
-        arguments.checkpoint = default_checkpoint(arguments.settings, system)
-    return arguments
-
-
-def default_checkpoint(given: dict[str, Any], system: type[System]) -> str:
-    """The released weights, or another system's last training."""
-    folder = given.get("checkpoint_dir", system.config_class().checkpoint_dir)
-    return str(RELEASED if system is ConditionalFlow else Path(folder) / "best_model.pth")
 
 
 def main(argv: Sequence[str] | None = None, system: type[System] = ConditionalFlow) -> int:
@@ -1807,16 +1783,16 @@ def main(argv: Sequence[str] | None = None, system: type[System] = ConditionalFl
     text.
     """
 
+    kinds = (system.config_class, Use)
+
     def work() -> int:
-        arguments = parse_command_line(argv, system)
-        named = (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
-        sources = [text for text in named if text]
+        arguments = commands.parse(argv, MODES, kinds, system, system.released)
         device = arguments.settings.get("device", "auto")
         with processes.process_group(arguments.mode, device):
-            print(f"{arguments.mode}: {', '.join(sources) or 'default settings'}", flush=True)
+            print(f"{arguments.mode}: {commands.sources_of(arguments)}", flush=True)
             return MODES[arguments.mode](arguments, system)
 
-    return processes.run_command(work)
+    return commands.run(work)
 
 
 if __name__ == "__main__":

@@ -18,36 +18,6 @@ from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
 
-def natural_key(name: str) -> list[Any]:
-    """Sort key that puts 9 before 10."""
-    digits = "".join(c if c.isdecimal() else " " for c in name).split()
-    return [[int(d) for d in digits], name]
-
-
-def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
-    """Stem -> file of every picture in `folder`. Raises UserError for a missing folder or a stem
-    that two files share."""
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER"
-        )
-    found: dict[str, Path] = {}
-    try:
-        listed = sorted(Path(folder).iterdir())
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions"
-        ) from None
-    for path in listed:
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
-            if path.stem in found:
-                raise UserError(
-                    f"{path}: has the same stem as {found[path.stem].name}; keep one of the two"
-                )
-            found[path.stem] = path
-    return found
-
-
 def find_inputs(
     given: str, output: str, suffixes: Sequence[str] = SUFFIXES
 ) -> list[tuple[Path, Path]]:

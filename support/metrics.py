@@ -114,6 +114,32 @@ def load_lpips(
     return score
 
 
+def validation_means(
+    scores: Sequence[tuple[str, dict[str, float]]],
+) -> tuple[dict[str, float], float]:
+    """(means of (source, row) under SOURCE/NAME, what the best weights are chosen by).
+
+    The nameless source has plain names, and its PSNR chooses. Of several sources it is the mean
+    over them of (PSNR + GT-mean PSNR) / 2 + 20 SSIM: raw PSNR of few pairs is mostly brightness.
+    """
+    means: dict[str, float] = {}
+    choices = []
+    for source in dict.fromkeys(name for name, _ in scores):
+        rows = [row for name, row in scores if name == source]
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        mixed = (mean["psnr"] + mean["psnr_gt_mean"]) / 2 + 20 * mean["ssim"]
+        choices.append(mixed if source else mean["psnr"])
+        means |= {f"{source}/{name}" if source else name: value for name, value in mean.items()}
+    return means, float(np.mean(choices))
+
+
+def told(means: dict[str, float]) -> str:
+    """The validation means that a line has room for."""
+    names = ("psnr", "ssim", "psnr_gt_mean", "bits_per_dim")
+    shown = {name: value for name, value in means.items() if name.split("/")[-1] in names}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
 LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
 
 

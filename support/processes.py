@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import io
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 from torch import Tensor
 
-from support.settings import RunError, UserError, complain
+from support.settings import UserError
 
 
 def world_size() -> int:
@@ -184,30 +183,3 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot write ({reason}); {hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def run_command(work: Callable[[], int]) -> int:
-    """Do `work`, which returns the exit status; every mistake of the user is one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
-    with suppress(ValueError):  # SIGTERM as Ctrl-C, so that temporary files go; main thread only
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return work()
-    except UserError as mistake:
-        return complain(mistake)
-    except OSError as error:  # what has no better message of its own
-        where, reason = error.filename or "the output", error.strerror or error
-        hint = "check the folder and the free space"
-        return complain(UserError(f"{where}: {reason}; {hint}"))
-    except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            problem = f"{str(error).splitlines()[0]}; use --set compile=false"
-            return complain(RunError(f"compile: {problem}"))
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        return complain(RunError("another process of this job stopped; see its message"))
-    except KeyboardInterrupt:  # training catches its own; elsewhere nothing half-written is left
-        print("interrupted", file=sys.stderr)
-        return 130

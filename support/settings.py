@@ -59,6 +59,7 @@ def allowed(key: dataclasses.Field) -> str:
         return "one of " + ", ".join(choices)
     words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
     words |= {"list[int]": "a list of integers", "list[float]": "a list of numbers"}
+    words["list[dict]"] = "a list of objects"
     return words[str(key.type)] + (f" in [{low:g}, {high:g}]" if low is not None else "")
 
 
@@ -102,12 +103,62 @@ def read_value(key: dataclasses.Field, text: str) -> Any:
             return text
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
+        if kind == "list[dict]":
+            return typed_sources(json.loads(text), key.name)
         if kind.startswith("list"):
             return [number(part) for part in text.strip("[]").split(",")]
         return number(text)
     except (ValueError, KeyError):
         got = shown(text) if kind == "str" else text[:77]
         raise argparse.ArgumentTypeError(f"must be {allowed(key)}, got {got}") from None
+
+
+SOURCE_KEYS: dict[str, Any] = {  # of an object in `sources`; None: must be given
+    **{"name": None, "low_dir": None, "high_dir": None},
+    **{"share": 1.0, "val_low_dir": "", "val_high_dir": "", "darken": 0.0},
+}
+
+
+def typed_sources(value: Any, where: str) -> list[dict[str, Any]]:
+    """`value` as a list of objects with all SOURCE_KEYS. Raises UserError that begins with
+    `where`."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(
+            f"{where} must be a list of objects with {', '.join(SOURCE_KEYS)}, got {shown(value)}"
+        )
+    names = [shown(item.get("name")) for item in value]
+    for name, item in zip(names, value, strict=True):
+        for key in item.keys() - SOURCE_KEYS.keys():
+            raise UserError(
+                f"{where}: unknown key {shown(key)} in {name}; it takes {', '.join(SOURCE_KEYS)}"
+            )
+        for key, default in SOURCE_KEYS.items():
+            given = item.get(key, default)
+            if isinstance(default, float):
+                top = 1e6 if key == "share" else 1.0
+                good = (
+                    isinstance(given, (int, float))
+                    and not isinstance(given, bool)
+                    and 0 <= given <= top
+                )
+            else:
+                good = is_text(given) and (default == "" or given != "")
+            if not good or (key == "name" and "/" in given):
+                raise UserError(f"{where}: {key} of {name} cannot be {shown(given)}")
+        if bool(item.get("val_low_dir")) != bool(item.get("val_high_dir")):
+            raise UserError(
+                f"{where}: val_low_dir and val_high_dir of {name} must be given together"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two have one name")
+    found = [
+        {key: item.get(key, default) for key, default in SOURCE_KEYS.items()} for item in value
+    ]
+    if found and not (
+        any(item["share"] for item in found) and any(item["val_low_dir"] for item in found)
+    ):
+        raise UserError(f"{where}: one share must be above 0 and one val_low_dir be given")
+    return found
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -162,9 +213,14 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
             hint = f"the nearest is {nearest} ({allowed(keys[nearest])})"
             raise UserError(f"{source}: unknown key {name[:80]}; {hint}")
         parts = value if isinstance(value, list) else [value]
-        is_list = str(keys[name].type).startswith("list")
+        kind = str(keys[name].type)
+        if kind == "list[dict]":  # objects, which only JSON can write
+            tokens.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+            continue
         # bool is an int; whatever else a file may hold, or a list for a number, is no value
-        if not all(map(is_scalar, parts)) or (isinstance(value, list) and not is_list):
+        if not all(map(is_scalar, parts)) or (
+            isinstance(value, list) and not kind.startswith("list")
+        ):
             problem = f"{name} must be {allowed(keys[name])}, got {shown(value)}"
             raise UserError(f"{source}: {problem}")
         words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
