@@ -108,7 +108,7 @@ def read_value(key: dataclasses.Field, text: str) -> Any:
         if kind.startswith("list"):
             return [number(part) for part in text.strip("[]").split(",")]
         return number(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         got = shown(text) if kind == "str" else text[:77]
         raise argparse.ArgumentTypeError(f"must be {allowed(key)}, got {got}") from None
 
@@ -206,7 +206,7 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
     allowed.
     """
     keys = {key.name: key for kind in kinds for key in dataclasses.fields(kind)}
-    tokens = []
+    tokens, objects = [], {}
     for name, value in given.items():
         if name not in keys:
             nearest = difflib.get_close_matches(name[:80], keys, n=1, cutoff=0.0)[0]
@@ -214,8 +214,8 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
             raise UserError(f"{source}: unknown key {name[:80]}; {hint}")
         parts = value if isinstance(value, list) else [value]
         kind = str(keys[name].type)
-        if kind == "list[dict]":  # objects, which only JSON can write
-            tokens.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+        if kind == "list[dict]" and not isinstance(value, str):  # as a file's JSON holds it
+            objects[name] = typed_sources(value, f"{source}: {name}")
             continue
         # bool is an int; whatever else a file may hold, or a list for a number, is no value
         if not all(map(is_scalar, parts)) or (
@@ -226,7 +226,7 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
         words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
         tokens.append(f"--{name}={','.join(words)}")
     try:
-        return vars(key_parser(kinds).parse_args(tokens))
+        return vars(key_parser(kinds).parse_args(tokens)) | objects
     except UserError as error:
         problem = re.sub(r"^argument --(\w+): ", r"\1 ", str(error)).removesuffix("; see --help")
         raise UserError(f"{source}: {problem}") from None
