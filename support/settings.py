@@ -103,12 +103,10 @@ def read_value(key: dataclasses.Field, text: str) -> Any:
             return text
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
-        if kind == "list[dict]":
-            return typed_sources(json.loads(text), key.name)
         if kind.startswith("list"):
             return [number(part) for part in text.strip("[]").split(",")]
         return number(text)
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError):
         got = shown(text) if kind == "str" else text[:77]
         raise argparse.ArgumentTypeError(f"must be {allowed(key)}, got {got}") from None
 
@@ -214,7 +212,9 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
             raise UserError(f"{source}: unknown key {name[:80]}; {hint}")
         parts = value if isinstance(value, list) else [value]
         kind = str(keys[name].type)
-        if kind == "list[dict]" and not isinstance(value, str):  # as a file's JSON holds it
+        if kind == "list[dict]":  # objects: a text is their JSON
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value) if isinstance(value, str) else value
             objects[name] = typed_sources(value, f"{source}: {name}")
             continue
         # bool is an int; whatever else a file may hold, or a list for a number, is no value
