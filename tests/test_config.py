@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_tools import parsed
 from conftest import ROOT
 
 import model_script as ms
@@ -50,12 +51,12 @@ def refusal(**settings: object) -> str:
 
 def parse(*argv: str) -> dict[str, object]:
     """The checked settings of a command line in train mode."""
-    return ms.parse_command_line(["--mode", "train", *argv]).settings
+    return parsed(["--mode", "train", *argv]).settings
 
 
 def parse_refusal(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
-        ms.parse_command_line(list(argv))
+        parsed(list(argv))
     assert caught.value.status == 2
     return str(caught.value)
 
@@ -87,9 +88,9 @@ def test_no_key_both_shapes_a_model_and_says_how_it_is_used() -> None:
 def test_every_key_is_documented_and_bounded(name: str) -> None:
     key = FIELDS[name]
     assert len(key.metadata["meaning"]) > 10
-    assert key.type in ("int", "float", "bool", "str", "list[int]", "list[float]")
+    assert key.type in ("int", "float", "bool", "str", "list[int]", "list[float]", "list[dict]")
     low, high = key.metadata["low"], key.metadata["high"]
-    if key.type in ("bool", "str"):
+    if key.type in ("bool", "str", "list[dict]"):
         assert low is high is None
     else:
         assert low < high
@@ -105,7 +106,7 @@ def test_help_shows_every_key_with_default_meaning_and_range(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        ms.parse_command_line(["--help"])
+        parsed(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     solid = "".join(shown.split())  # lines are broken anywhere
@@ -135,6 +136,7 @@ def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str 
     assert f"({allowed(FIELDS[named])})" in line
 
 
+SOURCE = {"name": "a", "low_dir": "l", "high_dir": "h", "val_low_dir": "l", "val_high_dir": "h"}
 WRONG = {
     "batch_size": [
         *("one", "", 1.5, True, None, [1], {}, 0, 4097, -1, float("nan"), float("inf")),
@@ -173,6 +175,16 @@ WRONG = {
     ],
     "crop_scales": [2.0, [], [1.1], [-0.1], [float("nan")], ["half"], None],
     "seed": [-1, 2**31],
+    "sources": [
+        "a",
+        3,
+        {},
+        [1],
+        [{}],
+        [SOURCE | {"share": -1}],
+        [SOURCE | {"hue": 1}],
+        [SOURCE] * 2,
+    ],
 }
 
 
@@ -213,6 +225,8 @@ def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: object)
         ("image_size", "128,64", [128, 64]),
         ("image_size", [128, "64"], [128, 64]),
         ("crop_scales", 0.5, [0.5]),
+        ("sources", [SOURCE], [{**SOURCE, "share": 1.0, "darken": 0.0}]),
+        ("sources", json.dumps([SOURCE]), [{**SOURCE, "share": 1.0, "darken": 0.0}]),
     ],
 )
 def test_right_values_are_typed(name: str, value: object, expected: object) -> None:
@@ -500,7 +514,7 @@ def flags(*names: str) -> list[str]:
 
 @pytest.mark.parametrize("mode", NEEDED)
 def test_modes_take_what_they_need(mode: str) -> None:
-    arguments = ms.parse_command_line(["--mode", mode, *flags(*TAKEN[mode])])
+    arguments = parsed(["--mode", mode, *flags(*TAKEN[mode])])
     assert {name: getattr(arguments, name) for name in FLAGS} == {
         name: f"{name}.file" if name in TAKEN[mode] else None for name in FLAGS
     }
@@ -509,7 +523,7 @@ def test_modes_take_what_they_need(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["evaluate", "enhance"])
 def test_the_released_weights_are_the_default(mode: str) -> None:
-    arguments = ms.parse_command_line(["--mode", mode, *flags(*NEEDED[mode])])
+    arguments = parsed(["--mode", mode, *flags(*NEEDED[mode])])
     assert Path(arguments.checkpoint) == ROOT / "checkpoints" / "released.pth"
     assert Path(arguments.checkpoint).exists()
 
@@ -519,7 +533,7 @@ def test_another_systems_default_is_its_last_training() -> None:
         pass
 
     argv = ["--mode", "evaluate", "--set", "checkpoint_dir=runs/other"]
-    assert ms.parse_command_line(argv, Other).checkpoint == "runs/other/best_model.pth"
+    assert parsed(argv, Other).checkpoint == "runs/other/best_model.pth"
 
 
 @pytest.mark.parametrize(

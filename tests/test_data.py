@@ -16,7 +16,7 @@ from PIL import Image
 
 import model_script as ms
 from support.decoding import SUFFIXES, read_image
-from support.folders import natural_key
+from support.pairs import Pair, PairStore, find_pairs, natural_key
 from support.pictures import to_tensor, to_uint8, write_image
 from support.scenes import find_scenes, split_by_scene
 from support.settings import UserError
@@ -25,12 +25,12 @@ MakePairs = Callable[..., tuple[Path, Path]]
 PLAIN = dict(window_min=1.0, flips=False, exposure_gain=0.0, channel_gain=0.0)
 
 
-def pairs_in(folders: tuple[Path, Path], log: Callable[[str], None] = print) -> list[ms.Pair]:
-    return ms.find_pairs(str(folders[0]), str(folders[1]), "train", log)
+def pairs_in(folders: tuple[Path, Path], log: Callable[[str], None] = print) -> list[Pair]:
+    return find_pairs(str(folders[0]), str(folders[1]), "train", log)
 
 
-def store_of(folders: tuple[Path, Path], room: int = 2**30, skip_bad: bool = False) -> ms.PairStore:
-    return ms.PairStore(pairs_in(folders), room, skip_bad)
+def store_of(folders: tuple[Path, Path], room: int = 2**30, skip_bad: bool = False) -> PairStore:
+    return PairStore(pairs_in(folders), room, skip_bad)
 
 
 def png16(path: Path, values: np.ndarray, colour_type: int) -> None:
@@ -236,7 +236,7 @@ def test_pairs_over_all_suffixes_in_any_case(tmp_path: Path) -> None:
         for pair in pairs
     )
     assert messages == []
-    store = ms.PairStore(pairs, 2**30)
+    store = PairStore(pairs, 2**30)
     for place in range(7):
         assert all(
             np.abs(p.astype(int) - smooth_scene(place, 32, 32)).mean() < 12 for p in store[place]
@@ -337,7 +337,7 @@ def test_a_bad_pair_stops_the_run_or_is_left_out(
     assert "on_bad_file=skip" in str(caught.value)
     pairs = pairs_in(folders)
     capsys.readouterr()
-    store = ms.PairStore(pairs, 2**30, skip_bad=True)
+    store = PairStore(pairs, 2**30, skip_bad=True)
     assert [pair.name for pair in store.pairs] == ["1", "3"]
     (message,) = capsys.readouterr().out.splitlines()
     assert message.startswith("left out: ") and str(named) in message

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cli_tools import parsed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
@@ -41,6 +42,12 @@ anything = st.recursive(
 )
 
 
+def source(name: str, share: float) -> dict[str, Any]:
+    """An object of `sources` as it is after reading."""
+    folders = {f"{kind}_dir": name for kind in ("low", "high", "val_low", "val_high")}
+    return {"name": name, "share": share + 1e-3, "darken": 0.5, **folders}
+
+
 def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
     """Values that a key allows."""
     low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
@@ -52,6 +59,10 @@ def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
         return st.text(
             st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12
         )
+    if key.type == "list[dict]":
+        name = st.text("abc", min_size=1, max_size=3)
+        share = st.floats(0, 1e6)
+        return st.lists(st.builds(source, name, share), max_size=3, unique_by=lambda s: s["name"])
     number = st.integers(low, high) if "int" in key.type else st.floats(low, high)
     return st.lists(number, min_size=1, max_size=4) if key.type.startswith("list") else number
 
@@ -70,10 +81,13 @@ def is_right(key: dataclasses.Field, value: Any) -> bool:
         "str": str,
         "list[int]": int,
         "list[float]": float,
+        "list[dict]": dict,
     }
     items = value if key.type.startswith("list") else [value]
     low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
     typed = all(type(item) is kinds[key.type] for item in items) and len(items) > 0
+    if key.type == "list[dict]":
+        return value == [] or all(type(item) is dict and item["name"] for item in value)
     return typed and all(
         (low is None or low <= item <= high) and (not choices or item in choices) for item in items
     )
@@ -92,13 +106,19 @@ def test_any_value_of_any_key_is_typed_or_refused_by_name(name: str, value: Any)
         typed = read_settings(KINDS, {name: value}, "here")[name]
     except UserError as error:
         text = str(error)
-        assert text.startswith((f"here: {name} must be ", f"here: --{name.replace('_', '-')} has"))
+        option = f"--{name.replace('_', '-')}"
+        starts = (f"here: {name} must be ", f"here: {option} has", "here: sources: ")
+        assert text.startswith(starts)
         assert len(text) < 400
     else:
         assert is_right(FIELDS[name], typed)
         # nothing is guessed: the same again, or what its text means
-        assert typed == value or read_settings(KINDS, {name: as_text(value)}, "here")[name] == typed
-        assert not isinstance(value, (dict, type(None)))
+        assert (
+            typed == value
+            or name == "sources"
+            or read_settings(KINDS, {name: as_text(value)}, "here")[name] == typed
+        )
+        assert value is not None and not isinstance(value, dict)
 
 
 @often
@@ -139,7 +159,7 @@ def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -
 )
 def test_any_set_is_typed_or_refused(text: str) -> None:
     try:
-        found = ms.parse_command_line(["--mode", "train", f"--set={text}"]).settings
+        found = parsed(["--mode", "train", f"--set={text}"]).settings
     except UserError:
         return
     ((name, value),) = found.items()
@@ -152,17 +172,22 @@ def test_any_set_is_typed_or_refused(text: str) -> None:
 def test_two_dashes_are_no_value(option: str) -> None:
     """argparse drops them and hands on an empty list."""
     with pytest.raises(UserError, match=f"--{option}"):
-        ms.parse_command_line(["--mode", "train", f"--{option}=--"])
+        parsed(["--mode", "train", f"--{option}=--"])
 
 
-@pytest.mark.parametrize("key", ["batch_size", "image_size", "device", "flips", "nonsense"])
+@pytest.mark.parametrize(
+    "key", ["batch_size", "image_size", "device", "flips", "sources", "nonsense"]
+)
 def test_values_nested_to_any_depth_are_refused(tmp_path: Path, key: str) -> None:
     """Reading one may just work where showing it in the message would go one level too deep."""
     path = tmp_path / "c.json"
     for depth in [*range(700, 1050, 7), 5000, 100_000]:
-        path.write_text(f'{{"{key}": {"[" * depth}{"]" * depth}}}')
+        nested = f"{'[' * depth}{']' * depth}"
+        path.write_text(f'{{"{key}": {nested}}}')
         with pytest.raises(UserError):
             read_settings(KINDS, read_config_file(str(path)), "here")
+        with pytest.raises(UserError):
+            read_settings(KINDS, {key: nested}, "--set")
 
 
 def test_messages_stay_short() -> None:
@@ -186,6 +211,8 @@ def test_messages_stay_short() -> None:
         with pytest.raises(UserError, match="batch_size must be an integer") as caught:
             read_settings(KINDS, {"batch_size": value}, "here")
         assert len(str(caught.value)) < 200
+        with pytest.raises(UserError, match="here: sources"):
+            read_settings(KINDS, {"sources": value}, "here")
     with pytest.raises(UserError, match="unknown key") as caught:
         read_settings(KINDS, {"batch_size" * 10**5: 1}, "here")
     assert len(str(caught.value)) < 400
