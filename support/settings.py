@@ -70,12 +70,16 @@ def is_text(value: Any) -> bool:
     return False
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether `value` is a text or a number that Python will print: it refuses endless integers,
+    which a pickle can hold."""
+    return isinstance(value, (str, float)) or (isinstance(value, int) and value.bit_length() < 9999)
+
+
 def shown(value: Any) -> str:
     """A value as JSON in at most 80 characters; anything that could be endless, by its type."""
     items = value if isinstance(value, list) else [value]
-    plain = len(items) < 10 and all(
-        item is None or isinstance(item, (str, int, float)) for item in items
-    )
+    plain = len(items) < 10 and all(item is None or is_scalar(item) for item in items)
     text = json.dumps(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -99,8 +103,6 @@ def read_value(key: dataclasses.Field, text: str) -> Any:
             return text
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
-        if kind == "list[dict]":
-            return typed_sources(json.loads(text), key.name)
         if kind.startswith("list"):
             return [number(part) for part in text.strip("[]").split(",")]
         return number(text)
@@ -214,7 +216,7 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
     allowed.
     """
     keys = {key.name: key for kind in kinds for key in dataclasses.fields(kind)}
-    tokens = []
+    tokens, objects = [], {}
     for name, value in given.items():
         if name not in keys:
             nearest = difflib.get_close_matches(name[:80], keys, n=1, cutoff=0.0)[0]
@@ -222,11 +224,13 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
             raise UserError(f"{source}: unknown key {name[:80]}; {hint}")
         parts = value if isinstance(value, list) else [value]
         kind = str(keys[name].type)
-        if kind == "list[dict]":  # objects, which only JSON can write
-            tokens.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+        if kind == "list[dict]":  # objects: a text is their JSON
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value) if isinstance(value, str) else value
+            objects[name] = typed_sources(value, f"{source}: {name}")
             continue
         # bool is an int; whatever else a file may hold, or a list for a number, is no value
-        if not all(isinstance(part, (str, int, float)) for part in parts) or (
+        if not all(map(is_scalar, parts)) or (
             isinstance(value, list) and not kind.startswith("list")
         ):
             problem = f"{name} must be {allowed(keys[name])}, got {shown(value)}"
@@ -234,7 +238,7 @@ def read_settings(kinds: Sequence[type], given: Mapping[str, Any], source: str) 
         words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
         tokens.append(f"--{name}={','.join(words)}")
     try:
-        return vars(key_parser(kinds).parse_args(tokens))
+        return vars(key_parser(kinds).parse_args(tokens)) | objects
     except UserError as error:
         problem = re.sub(r"^argument --(\w+): ", r"\1 ", str(error)).removesuffix("; see --help")
         raise UserError(f"{source}: {problem}") from None
@@ -261,11 +265,12 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The settings of a JSON config file, unchecked. Raises UserError."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
                 raise UserError(f"{path}: key {name[:80]} is given twice; keep one")
-        return dict(pairs)
+            found[name] = value
+        return found
 
     try:
         with open(path, encoding="utf-8") as stream:

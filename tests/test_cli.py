@@ -700,12 +700,12 @@ def test_the_documented_command_lines_parse(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cpu_train_config.json").write_text(json.dumps({"batch_size": 3}))
     for line in lines:
-        arguments = ms.parse_command_line(shlex.split(line))
+        arguments = parsed(shlex.split(line))
         assert f"--mode {arguments.mode}" in line
         assert arguments.settings == ({"batch_size": 3} if "--config" in line else {})
 
 
 def test_the_published_recipe_is_a_valid_config(tmp_path: Path) -> None:
     recipe = Path(ms.__file__).with_name("cpu_train_config.json")
-    settings = ms.parse_command_line(["--mode", "train", "--config", str(recipe)]).settings
+    settings = parsed(["--mode", "train", "--config", str(recipe)]).settings
     assert settings["num_epochs"] == 30 and settings["image_size"] == [128, 128]

@@ -245,7 +245,7 @@ def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(
     )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
     first = weights / "checkpoint_epoch_5.pth"
-    arguments = ms.parse_command_line(["--mode", "train", "--resume", str(first)])
+    arguments = parsed(["--mode", "train", "--resume", str(first)])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert ms.train(arguments, ms.ConditionalFlow, ms.Config) == 0
     ((config, resume),) = started
