@@ -114,9 +114,8 @@ def find_jobs(given: str, output: str, suffixes: Sequence[str]) -> list[tuple[Pa
     return [(Path(given), one_target(given, output, suffixes))]
 
 
-ENHANCE_COLUMNS = (
-    "file output width height seconds brightness_before brightness_after deviation note"
-)
+ENHANCE_COLUMNS = ("file", "output", "width", "height", "seconds")
+ENHANCE_COLUMNS += ("brightness_before", "brightness_after", "deviation", "note")
 
 
 def work_off(
