@@ -35,6 +35,7 @@ from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 except ImportError:
     sys.exit(complain(UserError("clips need the package av; run pip install av")))
 
@@ -114,9 +115,14 @@ class Output:
             self.video = self.container.add_stream(self.codec, rate=self.rate, options=self.options)
             self.video.height, self.video.width = pixels.shape[:2]
             self.video.pix_fmt = "yuv420p"
-            self.video.codec_context.time_base = self.time_base
+            context = self.video.codec_context
+            context.time_base, context.colorspace = self.time_base, Colorspace.ITU709
+            context.color_range = ColorRange.MPEG
             self.last = (moment or 0) - step
+        # untagged, players would guess the matrix by the size of the picture
         picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        picture.colorspace = Colorspace.ITU709
         # two frames at one moment, which damaged clips have, no format can hold
         self.last = max(self.last + 1, moment) if moment is not None else self.last + step
         picture.pts, picture.time_base = self.last, self.time_base
