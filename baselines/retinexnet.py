@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +54,6 @@ class RetinexConfig(ms.Config):
     """The shared settings and those of RetinexNet. `training` counts as architecture: it says what
     the weights mean."""
 
-    method: ClassVar[str] = "RetinexNet"
-    program: ClassVar[str] = "-m baselines.retinexnet"
-    recipe: ClassVar[str] = "baselines/retinexnet.json"
-    unused: ClassVar[tuple[str, ...]] = (
-        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
-        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
-    )
     checkpoint_dir: str = knob("checkpoints/retinexnet", "where weights go")
     training: str = knob(
         "split",
@@ -224,6 +217,14 @@ def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str
 class RetinexNet(ms.System):
     """Decom-Net and Enhance-Net behind the script's interface."""
 
+    config_class = RetinexConfig
+    method = "RetinexNet"
+    program = "-m baselines.retinexnet"
+    recipe = "baselines/retinexnet.json"
+    unused = (
+        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
+        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
+    )
     config: RetinexConfig
 
     def __init__(self, config: RetinexConfig) -> None:
@@ -290,4 +291,4 @@ class RetinexNet(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=RetinexNet, config_class=RetinexConfig))
+    sys.exit(ms.main(system=RetinexNet))

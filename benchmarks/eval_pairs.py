@@ -19,14 +19,14 @@ sys.path.insert(0, str(ROOT))
 import model_script as ms  # noqa: E402
 from support.pictures import to_tensor  # noqa: E402
 from support.runtime import Runtime  # noqa: E402
-from support.settings import UserError, complain  # noqa: E402
+from support.settings import UserError, complain, read_all  # noqa: E402
 
 
 class Bench(NamedTuple):
     """A loaded model and the evaluation pairs, (H, W, 3) uint8 low and high."""
 
     model: ms.ConditionalFlow
-    config: ms.Config
+    use: ms.Use
     runtime: Runtime
     store: ms.PairStore
 
@@ -42,20 +42,17 @@ def open_bench(description: str | None) -> Bench:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ms.RELEASE))
+    parser.add_argument("--checkpoint", default=str(ms.RELEASED))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        settings = ms.typed_settings(
-            ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
-        )
-        model, config, runtime, _ = ms.load_model(
-            arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
-        )
-        store = ms.PairStore(ms.evaluation_pairs(config), config)
+        given = read_all((ms.Config, ms.Use), None, arguments.set, ())
+        model, use, runtime, _ = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
+        room, skip = use.cache_megabytes * 2**20, model.config.on_bad_file == "skip"
+        store = ms.PairStore(ms.evaluation_pairs(use), room, skip)
     except UserError as error:
         sys.exit(complain(error))
-    return Bench(model, config, runtime, store)
+    return Bench(model, use, runtime, store)
 
 
 def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
@@ -66,4 +63,4 @@ def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
 @torch.no_grad()
 def enhance(bench: Bench, low: np.ndarray) -> np.ndarray:
     """(H, W, 3) float64 in [0, 1]: the best answer."""
-    return ms.enhance_pixels(bench.model, low, bench.config, bench.runtime).best / 65535
+    return ms.enhance_pixels(bench.model, low, bench.use, bench.runtime).best / 65535
