@@ -65,7 +65,7 @@ from support import (
 from support.curves import Curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
-from support.pairs import PairStore, chosen_pairs, find_pairs, training_data
+from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
@@ -1134,8 +1134,7 @@ class Trainer:
                     return 130
             found = {"hparam/best_validation_score": self.best, "hparam/minutes": self.minutes}
             self.curves.conclude(dataclasses.asdict(config), found)
-        best = self.folder / "best_model.pth"
-        print(f"best weights: {best} (validation score {self.best:.2f})")
+        print(f"best weights: {self.folder}/best_model.pth (validation score {self.best:.2f})")
         print(f"newest checkpoint: {checkpoints.newest_checkpoint(self.folder)}")
         print(f"curves: tensorboard --logdir {config.log_dir}")
         return 0
@@ -1371,17 +1370,18 @@ class Loaded(NamedTuple):
     runtime: Runtime
     checkpoint: dict[str, Any]
     infrared: Any = None
+    probe: Tensor | None = None
 
     def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
         """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
 
         `camera` says which, or, where that is auto, the picture's thumbnail.
         """
-        if self.infrared is None:
-            return self.model, ""
         camera = self.use.camera
+        if self.infrared is None or self.probe is None:
+            return self.model, ""
         if camera == "auto":
-            camera = cameras.camera_of(pixels, self.checkpoint["cameras"]["probe"])
+            camera = cameras.camera_of(pixels, self.probe)
         return (self.infrared if camera == "infrared" else self.model), camera
 
 
@@ -1391,13 +1391,14 @@ def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded
     config = checkpoints.stored_config(checkpoint, path, given, system.config_class, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)
-    model, second = checkpoints.build_model(system, config, checkpoint, path), None
-    if "cameras" in checkpoint:
-        parts = checkpoints.camera_parts(checkpoint, path)
-        second = runtime.place(checkpoints.build_model(system, config, parts, path)).eval()
-    elif use.camera != "auto":
-        raise UserError(f"camera: {path} holds one network; leave it out")
-    return Loaded(runtime.place(model).eval(), use, runtime, checkpoint, second)
+    model = runtime.place(checkpoints.build_model(system, config, checkpoint, path)).eval()
+    if "cameras" not in checkpoint:
+        if use.camera != "auto":
+            raise UserError(f"camera: {path} holds one network; leave it out")
+        return Loaded(model, use, runtime, checkpoint)
+    weights, probe = checkpoints.camera_parts(checkpoint, path)
+    second = runtime.place(checkpoints.build_model(system, config, weights, path)).eval()
+    return Loaded(model, use, runtime, checkpoint, second, probe)
 
 
 class NotFinite(UserError):
@@ -1618,9 +1619,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode evaluate."""
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     use, config = loaded.use, loaded.model.config
-    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    store = PairStore(chosen_pairs(pairs, use.scenes), room, skip)
+    store = PairStore(evaluation_pairs(use), room, skip)
     twins = training_twins(store.thumbnails, loaded.checkpoint)
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)

@@ -256,7 +256,7 @@ class RetinexNet(ms.System):
 
     # training -------------------------------------------------------------------------------------
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, step: int = 0) -> None:
         """Freeze Decom-Net for the second half of a split run: without gradients AdamW leaves it
         alone, decay included."""
         self.frozen = self.config.training == "split" and progress >= 0.5

@@ -290,7 +290,8 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None].to(device)
-    model, use, runtime, _ = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow)
+    loaded = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow)
+    model, use, runtime = loaded[:3]
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:

@@ -41,6 +41,7 @@ from baselines import SYSTEMS, system_class  # noqa: E402
 from support import settings  # noqa: E402
 from support.checkpoints import load_checkpoint, newest_checkpoint  # noqa: E402
 from support.files import atomic_path, results_folder, write_csv  # noqa: E402
+from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import write_image  # noqa: E402
 from support.runtime import choose_runtime  # noqa: E402
 from support.scenes import training_twins  # noqa: E402
@@ -91,7 +92,7 @@ class Task(NamedTuple):
     def store(self) -> ms.PairStore:
         """The pairs to score."""
         room, skip = self.use.cache_megabytes * 2**20, self.config.on_bad_file == "skip"
-        return ms.PairStore(ms.evaluation_pairs(self.use), room, skip)
+        return ms.PairStore(evaluation_pairs(self.use), room, skip)
 
 
 def read_command_line(

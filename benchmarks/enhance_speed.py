@@ -104,7 +104,7 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
     from support.settings import read_all
 
     given = read_all((ms.Config, ms.Use), None, assignments, ())
-    model, use, runtime, _ = ms.load_model(checkpoint, given, ms.ConditionalFlow)
+    model, use, runtime = ms.load_model(checkpoint, given, ms.ConditionalFlow)[:3]
     stand_in = StandIn().eval()
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None]

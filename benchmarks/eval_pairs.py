@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import to_tensor  # noqa: E402
 from support.runtime import Runtime  # noqa: E402
 from support.settings import UserError, complain, read_all  # noqa: E402
@@ -25,10 +26,14 @@ from support.settings import UserError, complain, read_all  # noqa: E402
 class Bench(NamedTuple):
     """A loaded model and the evaluation pairs, (H, W, 3) uint8 low and high."""
 
-    model: ms.ConditionalFlow
+    loaded: ms.Loaded
     use: ms.Use
     runtime: Runtime
     store: ms.PairStore
+
+    def model(self, low: np.ndarray) -> ms.ConditionalFlow:
+        """The network that is for `low`."""
+        return self.loaded.choose(low)[0]
 
     def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(name, low, high) in order."""
@@ -47,12 +52,13 @@ def open_bench(description: str | None) -> Bench:
     arguments = parser.parse_args()
     try:
         given = read_all((ms.Config, ms.Use), None, arguments.set, ())
-        model, use, runtime, _ = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
-        room, skip = use.cache_megabytes * 2**20, model.config.on_bad_file == "skip"
-        store = ms.PairStore(ms.evaluation_pairs(use), room, skip)
+        loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
+        use, skip = loaded.use, loaded.model.config.on_bad_file == "skip"
+        room = use.cache_megabytes * 2**20
+        store = ms.PairStore(evaluation_pairs(use), room, skip)
     except UserError as error:
         sys.exit(complain(error))
-    return Bench(model, use, runtime, store)
+    return Bench(loaded, use, loaded.runtime, store)
 
 
 def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
@@ -63,4 +69,4 @@ def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
 @torch.no_grad()
 def enhance(bench: Bench, low: np.ndarray) -> np.ndarray:
     """(H, W, 3) float64 in [0, 1]: the best answer."""
-    return ms.enhance_pixels(bench.model, low, bench.use, bench.runtime).best / 65535
+    return ms.enhance_pixels(bench.model(low), low, bench.use, bench.runtime).best / 65535

@@ -28,12 +28,12 @@ def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
     """Decoded from the prior mean plus the shift at which the picture has the mean brightness
     `mean`, by bisection."""
     with bench.runtime.autocast():
-        condition = bench.model.condition(batch(low, bench))
+        condition = bench.model(low).condition(batch(low, bench))
         down, up = -4.0, 4.0
         for _ in range(12):
             shift = (down + up) / 2
             shifted = condition._replace(prior_mean=condition.prior_mean + shift)
-            picture = bench.model.decode(shifted)[0].float()
+            picture = bench.model(low).decode(shifted)[0].float()
             down, up = (shift, up) if float(picture.mean()) < mean else (down, shift)
     return picture.permute(1, 2, 0).double().cpu().numpy()
 

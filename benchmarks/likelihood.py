@@ -27,12 +27,13 @@ def main() -> None:
         wrong = resize(
             batch(pairs[(index + len(pairs) // 2) % len(pairs)][1], bench), high.shape[:2]
         )
-        torch.manual_seed(bench.model.config.seed)
+        model = bench.model(low)
+        torch.manual_seed(model.config.seed)
         with bench.runtime.autocast():
-            right_bits = bench.model.bits_per_dim(batch(high, bench), batch(low, bench))[0]
-        torch.manual_seed(bench.model.config.seed)  # the same dequantisation noise
+            right_bits = model.bits_per_dim(batch(high, bench), batch(low, bench))[0]
+        torch.manual_seed(model.config.seed)  # the same dequantisation noise
         with bench.runtime.autocast():
-            wrong_bits = bench.model.bits_per_dim(batch(high, bench), wrong)[0]
+            wrong_bits = model.bits_per_dim(batch(high, bench), wrong)[0]
         bits.append((float(right_bits), float(wrong_bits)))
     right, wrong = np.array(bits).T
     print(

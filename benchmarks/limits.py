@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
 from support.metrics import GREY, match_mean, psnr_of, ssim_of  # noqa: E402
+from support.pairs import training_data  # noqa: E402
 from support.settings import UserError, complain, read_all  # noqa: E402
 
 
@@ -59,8 +60,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         given = read_all((ms.Config, ms.Use), None, arguments.set, ())
-        model, use, runtime, _ = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
-        store, training, held_out, validation = ms.training_data(model.config, use)
+        model, use, runtime = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)[:3]
+        store, training, held_out, validation = training_data(
+            model.config, use.cache_megabytes * 2**20
+        )
     except UserError as error:
         sys.exit(complain(error))
     rows = defaultdict(list)

@@ -26,7 +26,7 @@ def main() -> None:
     use = dataclasses.replace(bench.use, uncertainty=True)
     within, deviations, errors = [], [], []
     for _, low, high in bench.pairs():
-        found = ms.enhance_pixels(bench.model, low, use, bench.runtime)
+        found = ms.enhance_pixels(bench.model(low), low, use, bench.runtime)
         assert found.deviation is not None
         error = np.abs(found.best / 65535 - high / 255).mean(-1)
         blurred = [

@@ -45,8 +45,9 @@ def camera_of(pixels: np.ndarray, probe: Tensor) -> str:
     return "infrared" if infrared_probability(pixels, probe) > 0.5 else "ordinary"
 
 
-def check_probe(probe: Any, path: str) -> None:
-    """Raises UserError where `probe` is not what `infrared_probability` needs."""
+def check_probe(probe: Any, path: str) -> Tensor:
+    """`probe`, if it is what `infrared_probability` needs. Raises UserError."""
     good = isinstance(probe, Tensor) and probe.shape == (5, STATISTICS)
     if not good or not bool(torch.isfinite(probe).all()):
         raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
+    return probe

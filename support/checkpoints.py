@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from support.cameras import check_probe
 from support.files import atomic_path, make_folder, write_bytes
@@ -172,16 +173,17 @@ def build_model(system: type[Any], config: Any, checkpoint: dict[str, Any], path
     return model
 
 
-def camera_parts(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-    """The second network of released weights, for infrared pictures, as a checkpoint of its own.
+def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any], Tensor]:
+    """(the second network of released weights, for infrared pictures, as a checkpoint of its own;
+    the table by which `support.cameras` tells the cameras apart).
 
     Raises UserError where it, or the table that tells the cameras apart, is damaged.
     """
     found = checkpoint["cameras"]
     if type(found) is not dict or "infrared" not in found:
         raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
-    check_probe(found.get("probe"), path)
-    return checkpoint | {"model": found["infrared"]}
+    probe = check_probe(found.get("probe"), path)
+    return checkpoint | {"model": found["infrared"]}, probe
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -82,13 +82,14 @@ def find_pairs(
     return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
 
 
-def chosen_pairs(pairs: Sequence[Pair], scenes: str) -> Sequence[Pair]:
-    """The pairs whose stems `scenes` names, separated by commas, in its order; all for none.
+def evaluation_pairs(use: Any) -> list[Pair]:
+    """The pairs to score: those whose stems `use.scenes` names, in its order, or all.
 
     Raises UserError for a stem that is not there.
     """
+    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
     known = {pair.name: pair for pair in pairs}
-    wanted = [stem.strip() for stem in scenes.split(",") if stem.strip()]
+    wanted = [stem.strip() for stem in use.scenes.split(",") if stem.strip()]
     for stem in wanted:
         if stem not in known:
             there = f"there are {len(known)}, from {min(known)} to {max(known)}"

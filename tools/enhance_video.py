@@ -26,11 +26,12 @@ from repository import system_of
 from tqdm import tqdm
 
 import model_script as ms
+from support.commands import run
 from support.decoding import VIDEO_SUFFIXES, read_image
 from support.files import atomic_path
 from support.folders import find_jobs, means_many, work_off
 from support.pictures import level_table, stops_to_mean, whole_thumbnail
-from support.processes import process_group, progress_style, rank, run_command
+from support.processes import process_group, progress_style, rank
 from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
@@ -67,10 +68,14 @@ class FrameEnhancer:
         self.loaded, self.brightness = loaded, brightness
         self.share = 1 - math.exp(-2 / rate)
         self.survey: ms.Survey | None = None
+        self.model: Any = None
         self.table: np.ndarray | None = None
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        model, use, runtime, _ = self.loaded
+        use, runtime = self.loaded.use, self.loaded.runtime
+        if self.model is None:  # the camera does not change within a clip
+            self.model = self.loaded.choose(pixels)[0]
+        model = self.model
         thumbnail = whole_thumbnail(pixels, model.config.thumbnail_size)
         with torch.no_grad(), runtime.autocast():
             now = model.survey(thumbnail.to(runtime.device))
@@ -294,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_group("enhance", given.get("device", "auto")):
             return enhance(arguments, given)
 
-    return run_command(work)
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from repository import load_any
 from torch import Tensor, nn
 
 import model_script as ms
+from support.commands import run
 from support.files import atomic_path
-from support.processes import run_command
 from support.settings import OneLineParser, RunError, UserError
 
 SIZES = ((64, 96), (131, 201), (400, 600))
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export(arguments.checkpoint, Path(arguments.output))
         return 0
 
-    return run_command(work)
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ from repository import ROOT, load_any
 
 import model_script as ms
 from support.checkpoints import load_checkpoint
+from support.commands import run
 from support.decoding import Picture, opened, read_picture
 from support.pictures import encode_picture, heat_map, level_table
-from support.processes import run_command
-from support.runtime import Runtime
 from support.settings import OneLineParser, UserError, complain, read_all
 from support.simulated import demo_photograph, simulate_infrared
 
@@ -125,9 +124,9 @@ class Studio:
         resolved = path.resolve()
         return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
 
-    def _load(self, label: str) -> tuple[ms.System, ms.Use, Runtime]:
+    def _load(self, label: str) -> ms.Loaded:
         # not what the checkpoint holds beside the weights, which may be large
-        return load_any(str(self.models[label]), self.settings)[:3]
+        return load_any(str(self.models[label]), self.settings)._replace(checkpoint={})
 
     def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
         """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy
@@ -221,9 +220,10 @@ class Studio:
     def _do(self, job: Job) -> None:
         started = time.perf_counter()
         job.picture = read_picture(io.BytesIO(job.data))
-        model, use, runtime = self.load(job.model)
-        wanted = dataclasses.replace(use, samples=job.samples, uncertainty=job.uncertainty)
-        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, runtime)
+        loaded = self.load(job.model)
+        model, _ = loaded.choose(job.picture.pixels)
+        wanted = dataclasses.replace(loaded.use, samples=job.samples, uncertainty=job.uncertainty)
+        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, loaded.runtime)
         job.seconds = time.perf_counter() - started
 
 
@@ -521,7 +521,7 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
             studio.close()
         return 0
 
-    return run_command(work)
+    return run(work)
 
 
 if __name__ == "__main__":
