@@ -1,5 +1,7 @@
-"""Published systems to compare with, one file each; they import model_script, which knows none of
-them."""
+"""Published systems to compare with, one file each.
+
+They import model_script. The script knows none of them.
+"""
 
 from __future__ import annotations
 

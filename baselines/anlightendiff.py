@@ -1,36 +1,40 @@
-"""AnlightenDiff: a diffusion of the residual picture that ends around a predicted picture, not in
-pure noise.
+"""AnlightenDiff: a diffusion of the residual picture that ends around a predicted picture.
 
 Chan et al., AnlightenDiff: Anchoring Diffusion Probabilistic Model on Low Light Image Enhancement,
-IEEE TIP 2024. Written anew from its description; data, training, evaluation and command line are
-`model_script`'s.
+IEEE TIP 2024. Written anew from its description. Data, training, evaluation and command line are
+model_script's.
 
     python -m baselines.anlightendiff --mode train --config baselines/anlightendiff.json
 
 Words used throughout, besides the script's low and high
     residual   x0 = 2 (high - low) - 1, the picture that is diffused
-    centre     a guess at `high`, in [0, 1]; the diffusion ends at 2 centre - 1 plus noise, instead
-    of at noise alone noisy      x_t, the residual after t + 1 of T steps, t in 0 .. T - 1 alpha_bar
-    what is left of the residual's variance at step t, in (0, 1)
+    centre     a guess at `high`, in [0, 1]; the diffusion ends at 2 centre - 1 plus noise, where an
+               ordinary one ends at noise alone
+    noisy      x_t, the residual after t + 1 of T steps, t in 0 .. T - 1
+    alpha_bar  what is left of the residual's variance at step t, in (0, 1)
 
 All of the paper's formulas say one thing: y = x - (2 centre - 1) undergoes the ordinary diffusion
 of Ho et al.
 
 Where its description is silent or this file differs
-    the centre has a loss of its own, |centre - high|, and the denoiser does not train it;
-    filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation;
-    the best weights are those of the best validation PSNR, as for every system here, not of the
-    paper's mixed score; the schedule of the rate is the script's; Lion and LPIPS are optional
-    packages, AdamW and SSIM the defaults; the published sampler adds the noise of the config's seed
-    at temperature 0, and `start_step` can shorten it (`enhance`); batches that are accumulated, or
-    divided over processes, draw the same steps and noise for each of their parts.
+    - The centre has a loss of its own, |centre - high|, and the denoiser does not train it.
+    - Filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation.
+    - The best weights are those of the best validation PSNR, as for every system here, not of the
+      paper's mixed score.
+    - The schedule of the rate is the script's.
+    - Lion and LPIPS are optional packages. AdamW and SSIM are the defaults.
+    - At temperature 0 the published sampler adds the noise of the config's seed, and `start_step`
+      can shorten the sampling (see `enhance`).
+    - The parts of an accumulated or distributed batch all draw the same steps and noise.
 
 References
-    Ho et al., Denoising Diffusion Probabilistic Models (DDPM), NeurIPS 2020: posterior, noise loss
-    Meng et al., SDEdit, ICLR 2022: sampling from a guess with noise, some way back
-    Nichol & Dhariwal, Improved DDPM, ICML 2021: cosine schedule
-    Li et al., SRDiff, Neurocomputing 2022: diffusion of a residual picture under an encoder's
-    features Wang et al., LLFlow, AAAI 2022: equalised input, colour map and gradient map
+    - Ho et al., Denoising Diffusion Probabilistic Models (DDPM), NeurIPS 2020: posterior, noise
+      loss
+    - Meng et al., SDEdit, ICLR 2022: sampling from a guess with noise, some way back
+    - Nichol & Dhariwal, Improved DDPM, ICML 2021: cosine schedule
+    - Li et al., SRDiff, Neurocomputing 2022: diffusion of a residual picture under an encoder's
+      features
+    - Wang et al., LLFlow, AAAI 2022: equalised input, colour map and gradient map
 """
 
 from __future__ import annotations

@@ -1,38 +1,40 @@
-"""RetinexNet: a dark photograph is split into reflectance and illumination, and only the
-illumination is brightened.
+"""RetinexNet: splits a photograph into reflectance and illumination, and brightens the latter.
 
     python -m baselines.retinexnet --mode train --config baselines/retinexnet.json
 
-Words used throughout, beside those of model_script
+Words used throughout, besides those of model_script
     reflectance    R, the colours of things, (B, 3, H, W) in [0, 1], the same for low and high
     illumination   I, the light that falls on them, (B, 1, H, W) in [0, 1]; a picture is R * I
     relit          I_new, the illumination that Enhance-Net proposes, (B, 1, H, W), about [0, 1];
-    enhanced = R_low * I_new
+                   enhanced = R_low * I_new
 
 References
-    Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"):
-    networks, L_recon, L_ir, L_is its public code: the weights of the losses, the 9x9 layer, the
-    channel maximum a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and
-    transposed convolutions; it found white relit
-        illuminations in joint training, and noise in plain colours without transposed convolutions
+    - Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"):
+      networks, L_recon, L_ir, L_is
+    - its public code: the weights of the losses, the 9x9 layer, the channel maximum
+    - a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and transposed
+      convolutions. It found white relit illuminations in joint training, and noise in plain colours
+      without transposed convolutions.
 
-Where they are silent or differ, this file
-    takes the gradient at the last row and column as zero, so that a picture's border is no edge,
-    and averages a
-        gradient over those of its 3x3 neighbours that exist (the public code pads with black before
-        the gradient);
-    lets the loss see R_low * I_new unbounded, as the last layer has no activation, and clamps only
-    the finished picture; pads by repeating the last row and column to a multiple of 8 and crops, so
-    that both up-samplings take any size; halves the rates after each quarter of a stage (the
-    paper's code: a tenth after a fifth of the epochs); a stage of
-        `split` is half of the run (the student project trains either network for all epochs);
-        gradients are clipped at norm 1 and Adam's second beta is 0.99, the script's;
-    has no BM3D denoising of the reflectance, an optional step outside the network, so that the
-    networks are compared.
+Where they are silent or this file differs
+    - The gradient at the last row and column is zero, so that a picture's border is no edge. A
+      gradient is averaged over those of its 3x3 neighbours that exist. (The public code pads with
+      black before the gradient.)
+    - The loss sees R_low * I_new unbounded, as the last layer has no activation. Only the finished
+      picture is clamped.
+    - The last row and column are repeated up to a multiple of 8 and cropped afterwards, so that
+      both kinds of up-sampling take any size.
+    - The rates are halved after each quarter of a stage. (The paper's code: a tenth after a fifth
+      of the epochs.)
+    - A stage of `split` is half of the run. (The student project trains either network for all
+      epochs.)
+    - Gradients are clipped at norm 1 and Adam's second beta is 0.99, both the script's.
+    - There is no BM3D denoising of the reflectance, an optional step outside the network, so that
+      the networks are compared.
 
 With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights
-that are saved as best glide towards the trained ones, also those of a Decom-Net that is already
-frozen; 0 saves the trained ones themselves.
+that are saved as best are an average that follows the trained ones, also for a Decom-Net that is
+already frozen. With 0 the trained ones themselves are saved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """UPT-Flow: a conditional flow guided by a transformer that is told where colour was lost.
 
 Xu et al., UPT-Flow: Multi-scale transformer-guided normalizing flow for low-light image
-enhancement, Pattern Recognition 2025. Run it as `python -m baselines.upt_flow --mode train --config
-baselines/upt_flow.json`; every other mode and flag is the script's. The defaults below are the
-published size; the JSON file is cut to two processor cores.
+enhancement, Pattern Recognition 2025.
+
+    python -m baselines.upt_flow --mode train --config baselines/upt_flow.json
+
+Every other mode and flag is the script's. The defaults below are the published size. The JSON file
+is cut to two processor cores.
 
     low -> unbalanced point map -> MSFormer(low, map) -> features at 1/2, 1/4, 1/8
     high <-> latent by a flow of three levels, conditioned on these features; prior N(0, I)
@@ -12,22 +15,23 @@ The prior has no mean of its own: the flow ends with affine maps whose shift and
 of the features, which is what a predicted mean and deviation would be. Enhancement decodes z = 0,
 as the published tests do.
 
-The public code cannot train and its reverse pass miscounts the log-determinant. Where it is silent,
-this file
-    makes the decoder 4, 4 and 2 base widths wide, with (global, local) heads (4, 8), (2, 4), (2,
-    2), and refines by the
-        global branch alone; the map's embedding is the map, repeated, after the features' own down-
-        and up-sampling;
-    halves the rate at four milestones; warm-up, clipped gradients, averaged weights and Adam's
-    betas are the script's.
+The public code cannot train, and its reverse pass miscounts the log-determinant.
+
+Where it is silent, this file's choice
+    - The decoder is 4, 4 and 2 base widths wide, with (global, local) heads (4, 8), (2, 4), (2, 2),
+      and refines by the global branch alone.
+    - The map's embedding is the map, repeated, after the features' own down- and up-sampling.
+    - The rate is halved at four milestones. Warm-up, clipped gradients, averaged weights and Adam's
+      betas are the script's.
 
 References
-    Zamir et al., Restormer, CVPR 2022: attention across channels, gated depthwise feed-forward
-    Liu et al., Swin Transformer, ICCV 2021: shifted windows with a relative position bias
-    Wang et al., Uformer, CVPR 2022: the locally enhanced feed-forward; Wang et al., ECA-Net, CVPR
-    2020: its attention Woo et al., CBAM, ECCV 2018: channel and spatial attention Wang et al.,
-    LLFlow, AAAI 2022: the flow's levels, the image in [0, 1] used as it is; Kingma & Dhariwal,
-    Glow, 2018
+    - Zamir et al., Restormer, CVPR 2022: attention across channels, gated depthwise feed-forward
+    - Liu et al., Swin Transformer, ICCV 2021: shifted windows with a relative position bias
+    - Wang et al., Uformer, CVPR 2022: the locally enhanced feed-forward
+    - Wang et al., ECA-Net, CVPR 2020: its attention
+    - Woo et al., CBAM, ECCV 2018: channel and spatial attention
+    - Wang et al., LLFlow, AAAI 2022: the flow's levels, the image in [0, 1] used as it is
+    - Kingma & Dhariwal, Glow, NeurIPS 2018: the steps of the flow
 """
 
 from __future__ import annotations

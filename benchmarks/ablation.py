@@ -1,14 +1,17 @@
-"""Short training runs of equal budget that differ in one thing each, scored on the validation
-scenes.
+"""Short training runs of equal budget that differ in one thing each.
 
     python benchmarks/ablation.py [VARIANT ...] [--minutes 5] [--seed 0] [--set KEY=VALUE ...]
 
-Every run starts from nothing and is `model_script.py --mode train --config
-release_train_config.json` with its schedule cut to --minutes, SHORT (smaller crops and a higher
-rate, as the recipe's own crops come after two other stages) and the settings of its variant; the
-variants that need another model get it here. Without names all variants run; each adds a line to
-results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir
-and train_high_dir of the recipe. Evaluation pictures play no part.
+They are scored on the validation scenes. Evaluation pictures play no part. Every run starts from
+nothing and is
+
+    python model_script.py --mode train --config configs/november_stage3.json
+
+with its schedule cut to --minutes, with SHORT (smaller crops and a higher rate, as the recipe's own
+crops come after two other stages), and with the settings of its variant. The variants that need
+another model get it here. Without names all variants run. Each adds a line to results/ablation.csv,
+from which the table in benchmarks/ablation.md was made. Data: train_low_dir and train_high_dir of
+the recipe.
 """
 
 from __future__ import annotations

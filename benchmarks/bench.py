@@ -1,22 +1,23 @@
 """Every speed in one run: `make bench`, or
 
-    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE]
-    [--results FOLDER]
+    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] \\
+        [--checkpoint FILE] [--results FOLDER]
 
-training     images a second of the published recipe (128x128), of the release recipe and of each
-baseline's recipe, and of
-             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size;
-             by turns, medians; the release recipe also under torch.compile, and in torch's own
-             memory layout in place of channels_last
+training     images a second, medians, by turns: of the published recipe (128x128), of the release
+             recipe, of each baseline's recipe, and of the stand-in with the published layer sizes
+             (train_speed.py), on pictures of equal size; the release recipe also under
+             torch.compile, and in torch's own memory layout in place of channels_last
 enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with
-random weights sizes        seconds that --mode enhance prints (start-up left out) and peak memory
-of its process, 0.1 to 24 megapixels scaling      training images a second of torchrun with 1 and 2
-processes of one thread each, same total batch roofline     counted floating point operations a
-second of the release recipe, as a share of what large matrix products reach
-             here; by turns with the training
+             random weights
+sizes        seconds that --mode enhance prints (start-up left out) and the peak memory of its
+             process, 0.1 to 24 megapixels
+scaling      training images a second of torchrun with 1 and 2 processes of one thread each, with
+             the same total batch
+roofline     counted floating point operations a second of the release recipe, as a share of what
+             large matrix products reach here; by turns with the training
 
-Writes results/bench_*/: bench.csv, after every part, then bench.md and bench.png. On a machine with
-a GPU training, enhancement and roofline run on it; CUDA_VISIBLE_DEVICES= keeps them on the
+Writes results/bench_*/: bench.csv after every part, then bench.md and bench.png. On a machine with
+a GPU, training, enhancement and roofline run on it. CUDA_VISIBLE_DEVICES= keeps them on the
 processor.
 """
 

@@ -1,17 +1,17 @@
 """One table for every system: the same data, budget, machine and evaluator.
 
-    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] [--only SYSTEM ...]
-    [--set KEY=VALUE ...]
+    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] \\
+        [--only SYSTEM ...] [--set KEY=VALUE ...]
 
 Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and
-AnlightenDiff (baselines/), and two floors without training, gamma 0.4 and histogram equalisation as
-scikit-image does them. A system without --weights is trained for --minutes by its own CPU recipe.
-Every one is scored on the evaluation pairs by `score_pairs`, at 128x128 unless --set eval_size says
-otherwise; --set reaches every system's config (data folders, device, ...).
+AnlightenDiff (baselines/), and two methods without training, gamma 0.4 and histogram equalisation
+as scikit-image does them. A system without --weights is trained for --minutes by its own CPU
+recipe. Every one is scored on the evaluation pairs by the script's evaluator, at 128x128 unless
+--set eval_size says otherwise. --set reaches every system's config (data folders, device, ...).
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene,
 the trained weights. Seconds are what `--mode enhance` reports for one 600x400 picture, reading and
-writing included, the median of three processes; MiB is the largest of their peak memories, with
+writing included, the median of three processes. MiB is the largest of their peak memories, with
 what they took of a GPU.
 """
 

@@ -1,5 +1,4 @@
-"""What the benchmarks on evaluation pairs share: their arguments, the model, and the pairs one
-after the other."""
+"""What the benchmarks on evaluation pairs share: arguments, model, and the pairs in turn."""
 
 from __future__ import annotations
 

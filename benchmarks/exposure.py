@@ -1,16 +1,15 @@
-"""Which exposure control is the better one? Three ways to bring a result to the target's mean
-brightness.
+"""Which exposure control is best? Three ways to bring a result to the target's mean brightness.
 
-    python benchmarks/exposure.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...]
+    python benchmarks/exposure.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...]
 
 none     the model's own brightness
 gain     values multiplied, as the literature's GT-mean does
 light    gain in linear light, what `--set exposure` and `--set reference` apply
 model    the prior mean shifted by one number in the flow's space before decoding
 
-Each is set, picture by picture, to the target's mean: help from the ground truth, for comparison
-only.
+Each is set, picture by picture, to the target's mean. That is help from the ground truth, for
+comparison only.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""What the command line costs: memory, seconds an enhancement takes, and seconds until it says
-something.
+"""What the command line costs: memory, seconds of an enhancement, seconds until it says something.
 
     python benchmarks/footprint.py [--pairs 236] [--minutes 0.3] [--checkpoint FILE] [--repeats 5]
 
 Every number is of a process of the real command line, on generated 600x400 pairs in a temporary
-folder: training     peak resident memory of the published recipe (cpu_train_config.json), stopped
-after --minutes enhancement  the seconds that it prints itself, and its peak resident memory, for
-one 600x400 picture; without
-             --checkpoint the weights that the training above left behind are used (flow_channels
-             96, 2 blocks)
-start-up     seconds from process start to the first byte on a terminal and in a pipe, where output
-is held back
+folder.
+
+training     peak resident memory of the published recipe (cpu_train_config.json), stopped after
+             --minutes
+enhancement  the seconds that it prints itself, and its peak resident memory, for one 600x400
+             picture; without --checkpoint by the weights that the training above left behind
+             (flow_channels 96, 2 blocks)
+start-up     seconds from process start to the first byte, on a terminal and in a pipe, where output
+             is held back
 
 Memory is ru_maxrss of that process alone. A child counts its parent's memory at birth, so this
-script keeps small and imports no torch. Needs a POSIX system.
+script stays small and imports no torch. Needs a POSIX system.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Helpers of the integration tests: run the script as a user would, and make tiny pairs of
-pictures."""
+"""Helpers of the integration tests: run the script as a user would, make tiny pairs of pictures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the test files share: the script on the path, small random models and small random data
-sets."""
+"""What the test files share: the script on the path, small random models and data sets."""
 
 from __future__ import annotations
 

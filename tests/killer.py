@@ -1,18 +1,18 @@
-"""Trains in a child process that is killed (signal 9) again and again, and resumed each time; run
-by test_kill.py.
+"""Trains in a child process that is killed again and again, and resumed; run by test_kill.py.
 
     python tests/killer.py CONFIG KILLS SEED
 
 The child writes to a pipe whenever a step, a validation, the saving of an epoch or the write of a
-file of weights begins and ends: what it said survives it, and is a record that owes nothing to the
-checkpoints. Prints a JSON object a kill:
+file of weights begins and ends. What it said survives its death, and is a record independent of the
+checkpoints. The signal is 9. Prints a JSON object for each kill:
 
 moment    what was waited for: one of MOMENTS, of which the kill falls into a random part
 within    what the child had begun and not ended when it died, the innermost last: a best file is
-written in a validation torn      whether it left the half of a file of weights behind began     the
-step that it went on from, as it said itself; null where it died before any finished  the step of
-the last epoch whose saving it said to be done; 0 without any found     the step of the newest
-checkpoint after its death; 0 without any
+          written in a validation
+torn      whether it left the half of a file of weights behind
+began     the step that it went on from, as it said itself; null where it died before any
+finished  the step of the last epoch whose saving it said to be done; 0 without any
+found     the step of the newest checkpoint after its death; 0 without any
 
 The child is forked after all imports, so that fifty attempts take a minute or two, and few kills
 fall into a start.

@@ -1,5 +1,4 @@
-"""A corpus of broken and odd picture files, made on the fly: what each shows, or that it must be
-refused."""
+"""A corpus of broken and odd picture files, made on the fly, and what must come of each."""
 
 from __future__ import annotations
 
