@@ -37,8 +37,10 @@ def classes(system: str) -> tuple[type[Any], type[Any]]:
 
 
 def equalise(low: Tensor) -> Tensor:
-    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1];
-    a constant becomes 0."""
+    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1].
+
+    A constant channel becomes 0.
+    """
     levels = (low.float() * 255).round().long().flatten(2)
     counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add(
         2, levels, torch.ones_like(levels)

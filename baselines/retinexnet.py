@@ -53,8 +53,10 @@ from support.settings import knob
 
 @dataclass
 class RetinexConfig(ms.Config):
-    """The shared settings and those of RetinexNet. `training` counts as architecture: it says what
-    the weights mean."""
+    """The shared settings and those of RetinexNet.
+
+    `training` counts as architecture: it says what the weights mean.
+    """
 
     method: ClassVar[str] = "RetinexNet"
     program: ClassVar[str] = "-m baselines.retinexnet"
@@ -134,8 +136,10 @@ def double(channels: int, transposed: bool) -> nn.Module:
 
 
 class EnhanceNet(nn.Module):
-    """A low picture's Decomposition to the relit illumination: an encoder-decoder whose three
-    scales are gathered."""
+    """A low picture's Decomposition to the relit illumination.
+
+    An encoder-decoder whose three scales are gathered.
+    """
 
     def __init__(self, channels: int, transposed: bool) -> None:
         super().__init__()
@@ -175,11 +179,10 @@ def gradient(image: Tensor, axis: int) -> Tensor:
 
 
 def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
-    """Structure-aware total variation, a scalar: I may change where R has an edge (paper, L_is,
-    lambda_g = 10).
+    """Structure-aware total variation, a scalar: I may change where R has an edge.
 
-    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical; grey is that of ITU-R
-    BT.601.
+    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical (paper, L_is,
+    lambda_g = 10). Grey is that of ITU-R BT.601.
     """
     grey = (reflectance * reflectance.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
         1, keepdim=True
@@ -194,11 +197,11 @@ def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
 def decom_losses(
     low: Tensor, high: Tensor, of_low: Decomposition, of_high: Decomposition
 ) -> dict[str, Tensor]:
-    """The terms of Decom-Net (paper, L_recon, L_ir, L_is) for pictures (B, 3, H, W) and their
-    decompositions.
+    """The terms of Decom-Net for pictures (B, 3, H, W) and their decompositions.
 
     |R_l I_l - S_l| + |R_h I_h - S_h| + 0.001 (|R_h I_l - S_l| + |R_l I_h - S_h|) + 0.01 |R_l - R_h|
-    + 0.1 smoothness(I_l, R_l) + 0.1 smoothness(I_h, R_h), each |.| a mean.
+    + 0.1 smoothness(I_l, R_l) + 0.1 smoothness(I_h, R_h), each |.| a mean (paper, L_recon, L_ir,
+    L_is).
     """
     r_low, i_low, r_high, i_high = *of_low, *of_high
     return {
@@ -210,8 +213,10 @@ def decom_losses(
 
 
 def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str, Tensor]:
-    """The terms of Enhance-Net (paper, L_recon and L_is): |R_l I_new - S_h| + 3 smoothness(I_new,
-    R_l)."""
+    """The terms of Enhance-Net (paper, L_recon and L_is).
+
+    |R_l I_new - S_h| + 3 smoothness(I_new, R_l)
+    """
     return {
         "relight": F.l1_loss(reflectance * relit, high),
         "relight_smoothness": 3 * smoothness(relit, reflectance),
@@ -235,8 +240,10 @@ class RetinexNet(ms.System):
         self.frozen = False  # in the second stage of split training, where Decom-Net rests
 
     def relit(self, seen: Decomposition) -> Tensor:
-        """I_new (B, 1, H, W); ignore_ienhance puts 1 in its place, so that the reflectance is the
-        enhanced picture."""
+        """I_new (B, 1, H, W).
+
+        ignore_ienhance puts 1 in its place, so that the reflectance is the enhanced picture.
+        """
         return (
             torch.ones_like(seen.illumination)
             if self.config.training == "ignore_ienhance"
@@ -244,8 +251,10 @@ class RetinexNet(ms.System):
         )
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides; one answer, whatever the
-        temperature."""
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides.
+
+        There is one answer, whatever the temperature.
+        """
         seen = self.decom(low)
         return (seen.reflectance * self.relit(seen)).clamp(0, 1)
 
@@ -258,8 +267,10 @@ class RetinexNet(ms.System):
     # training -------------------------------------------------------------------------------------
 
     def begin_step(self, progress: float) -> None:
-        """Freeze Decom-Net for the second half of a split run: without gradients AdamW leaves it
-        alone, decay included."""
+        """Freeze Decom-Net for the second half of a split run.
+
+        Without gradients AdamW leaves it alone, decay included.
+        """
         self.frozen = self.config.training == "split" and progress >= 0.5
         self.decom.requires_grad_(not self.frozen)
 
@@ -274,8 +285,7 @@ class RetinexNet(ms.System):
         return terms
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """One optimizer of two groups, which is two optimizers: Adam keeps its averages by
-        parameter."""
+        """One optimizer of two groups, which act as two: Adam keeps its averages by parameter."""
         ratio = self.config.relight_lr / self.config.decom_lr
         groups = [
             {"params": self.decom.parameters()},
@@ -284,8 +294,10 @@ class RetinexNet(ms.System):
         return ms.adamw(groups, self.config)
 
     def learning_rate_at(self, progress: float, step: int) -> float:
-        """Decom-Net's rate, in steps that begin anew with each stage; Enhance-Net's is in
-        proportion."""
+        """Decom-Net's rate, in steps that begin anew with each stage.
+
+        Enhance-Net's is proportional to it.
+        """
         config = self.config
         done = 2 * progress - (progress >= 0.5) if config.training == "split" else progress
         return config.decom_lr * config.decay_factor ** int(done / config.decay_every)

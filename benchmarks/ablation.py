@@ -55,8 +55,10 @@ class WithoutGlobal(ms.ConditionalFlow):
 
 
 class WithoutFlow(ms.ConditionalFlow):
-    """Direct regression by the two branches: the mean is the picture in logit space, no coupling
-    touches it."""
+    """Direct regression by the two branches: the mean is the picture in logit space.
+
+    No coupling touches it.
+    """
 
     def decode(self, latent: Tensor, condition: ms.Condition) -> Tensor:
         squeezes = [
@@ -113,8 +115,10 @@ RESIZED = ("psnr", "ssim", "ciede2000")  # the same at image_size, whole picture
 
 @torch.no_grad()
 def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
-    """Means over the validation pairs of the averaged weights' metrics, at native size and at
-    image_size."""
+    """Mean metrics over the validation pairs, at native size and at image_size.
+
+    They are those of the averaged weights.
+    """
     model = trainer.averaged.eval()
     native: list[dict[str, Any]] = []
     resized: list[dict[str, Any]] = []

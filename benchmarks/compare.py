@@ -88,10 +88,10 @@ class Task(NamedTuple):
 def read_command_line(
     description: str | None, minutes: float, systems: dict[str, str], **settings: Any
 ) -> Task:
-    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE, where `systems` says whose
-    weights NAME's are.
+    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE.
 
-    Raises UserError, before hours of training, for what will not do.
+    `systems` says whose weights NAME's are. Raises UserError, before hours of training, for what
+    cannot work.
     """
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,7 +128,9 @@ def read_command_line(
 
 def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
     """The best weights of a run by the system's own recipe, the task's settings and the `changes`.
-    Ctrl-C ends it all."""
+
+    Ctrl-C ends it all.
+    """
     model_class, config_class = classes(system)
     settings = (
         read_config_file(str(ROOT / SYSTEMS[system][3]))
@@ -144,8 +146,7 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
 
 
 def training_speed(weights: Path) -> float:
-    """Training images a second, as the newest checkpoint beside the weights tells; nan where none
-    is."""
+    """Training images a second, by the newest checkpoint beside the weights; nan without one."""
     checkpoints = sorted(
         weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime
     )

@@ -36,8 +36,10 @@ class Bench(NamedTuple):
 
 
 def open_bench(description: str | None) -> Bench:
-    """Reads --checkpoint and --set from the command line; eval_low_dir, eval_high_dir and scenes
-    name the pairs."""
+    """Reads --checkpoint and --set from the command line.
+
+    eval_low_dir, eval_high_dir and scenes name the pairs.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -24,8 +24,10 @@ from support.pictures import exposed, stops_to_mean
 
 @torch.no_grad()
 def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
-    """Decoded from the prior mean plus the shift at which the picture has the mean brightness
-    `mean`, by bisection."""
+    """Decoded from the prior mean plus the shift that gives the picture the mean brightness `mean`.
+
+    The shift is found by bisection.
+    """
     height, width = low.shape[:2]
     with bench.runtime.autocast():
         condition = bench.model._condition_whole(batch(low, bench))

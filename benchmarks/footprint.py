@@ -53,8 +53,10 @@ class Finished(NamedTuple):
 
 
 def write_pairs(folder: Path, count: int) -> None:
-    """Smooth pictures without noise, each its own scene: a coarse random grid, and the same a
-    twelfth as bright."""
+    """Smooth pictures without noise, each its own scene.
+
+    The target is a coarse random grid; `low` is the same, a twelfth as bright.
+    """
     rng = np.random.default_rng(0)
     for kind in ("low", "high"):
         (folder / kind).mkdir()
@@ -66,8 +68,10 @@ def write_pairs(folder: Path, count: int) -> None:
 
 
 def run(arguments: Sequence[str]) -> Finished:
-    """Run the command line to its end in a process of its own; wait4 tells that process's memory
-    from all others'."""
+    """Run the command line to its end in a process of its own.
+
+    wait4 tells that process's memory from all others'.
+    """
     with tempfile.TemporaryFile("w+") as stream:
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *arguments], stdout=stream, stderr=subprocess.STDOUT
@@ -82,8 +86,7 @@ def run(arguments: Sequence[str]) -> Finished:
 
 
 def first_byte(arguments: Sequence[str], terminal: bool) -> tuple[float, str]:
-    """(seconds, beginning of the text) until the process says anything; it is stopped right
-    after."""
+    """(seconds, beginning of the text) until the process says anything; then it is stopped."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:  # a new one has no columns, in which no progress bar shows
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

@@ -50,8 +50,10 @@ def altered(enhanced: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def main() -> None:
-    """Print a line for each kind of picture: pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the
-    brightness ratio."""
+    """Print a line for each kind of picture.
+
+    Pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the brightness ratio.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

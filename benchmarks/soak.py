@@ -37,8 +37,10 @@ def resident_megabytes(process: int) -> float:
 
 
 def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
-    """Run `command` to its end; its resident memory in MiB every `every` seconds from when the file
-    `best` is there."""
+    """Run `command` to its end.
+
+    Returns its resident memory in MiB every `every` seconds from when the file `best` is there.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     samples: list[float] = []
     while process.poll() is None:
@@ -51,8 +53,7 @@ def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
 
 
 def judge(samples: Sequence[float]) -> None:
-    """Print the growth; exit with status 1 where it is too large, or where the samples cannot
-    tell."""
+    """Print the growth; exit with status 1 where it is too large or the samples cannot tell."""
     if len(samples) < 20:
         sys.exit(f"{len(samples)} samples: too few to tell; raise --minutes")
     tenth = len(samples) // 10

@@ -54,8 +54,10 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class StandInCoupling(nn.Module):
-    """Affine coupling at full resolution: 48 kept channels and 96 of the condition give scale and
-    shift of the other 48."""
+    """Affine coupling at full resolution.
+
+    48 kept channels and 96 of the condition give scale and shift of the other 48.
+    """
 
     def __init__(self, flip: bool) -> None:
         super().__init__()
@@ -139,8 +141,10 @@ def trainer_on_noise(
     system: str = "ConditionalFlow",
     **changes: Any,
 ) -> model_script.Trainer:
-    """The real Trainer on eight pictures of noise (height, width): an update costs the same
-    whatever it sees."""
+    """The real Trainer on eight pictures of noise (height, width).
+
+    An update costs the same whatever it sees.
+    """
     rng = np.random.default_rng(0)
     for part in ("low", "high"):
         (folder / part).mkdir(parents=True, exist_ok=True)

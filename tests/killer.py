@@ -49,8 +49,10 @@ LONGEST_WAIT = 200
 
 
 class Word(NamedTuple):
-    """What the child says: at `seconds` of the machine's clock `kind` begins or ends, at the step
-    `step` (0 for a write)."""
+    """What the child says: `kind` begins or ends at `seconds` of the machine's clock, at `step`.
+
+    The step is 0 for a write.
+    """
 
     kind: str
     step: int
@@ -59,8 +61,7 @@ class Word(NamedTuple):
 
 
 def import_late_parts() -> None:
-    """What a training imports on its way, for its optimizer, curves and scores; it takes
-    seconds."""
+    """What a training imports later, for its optimizer, curves and scores; it takes seconds."""
     for name in ("torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.tensorflow_stub"):
         importlib.import_module(name)
     black = np.zeros((16, 16, 3))
@@ -74,8 +75,10 @@ def newest(folder: Path) -> int:
 
 
 def announce(owner: Any, name: str, pipe: int, describe: Callable[..., tuple[str, int]]) -> None:
-    """Make a function of `owner` say its kind and step as it begins and as it ends. One short write
-    is never torn."""
+    """Make a function of `owner` say its kind and step as it begins and as it ends.
+
+    One short write is never torn.
+    """
     work = getattr(owner, name)
 
     def announced(*arguments: Any) -> Any:
@@ -89,8 +92,10 @@ def announce(owner: Any, name: str, pipe: int, describe: Callable[..., tuple[str
 
 
 def start(config: str, folder: Path) -> tuple[int, TextIO]:
-    """Fork a child that trains on from the newest checkpoint; returns its process number and what
-    it says."""
+    """Fork a child that trains on from the newest checkpoint.
+
+    Returns its process number and what it says.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -115,8 +120,10 @@ def heard(stream: TextIO) -> Iterator[Word]:
 
 
 def wait_for(moment: str, stream: TextIO, rng: random.Random) -> list[Word]:
-    """Wait until the child is in the midst of one of its next such works; returns what it said
-    meanwhile."""
+    """Wait until the child is in the midst of one of its next such works.
+
+    Returns what it said meanwhile.
+    """
     if moment == "any":
         time.sleep(rng.uniform(0.02, 0.6))
         return []

@@ -199,8 +199,10 @@ MUTANTS = [
 
 
 def verdict(copy: Path, names: set[str], patience: float | None = None) -> str:
-    """What the named test files say of the project in `copy`; `patience` is in seconds, None for
-    endless."""
+    """What the named test files say of the project in `copy`.
+
+    `patience` is in seconds; None for endless.
+    """
     command = [
         sys.executable,
         "-m",
