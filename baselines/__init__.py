@@ -1,5 +1,7 @@
-"""Published systems to compare with, one file each; they import model_script, which knows none of
-them."""
+"""Published systems to compare with, one file each.
+
+They import model_script. The script knows none of them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ def system_class(name: str) -> type[Any]:
 
 
 def equalise(low: Tensor) -> Tensor:
-    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1];
-    a constant becomes 0."""
+    """Each channel of (B, C, H, W) in [0, 1], at 8 bits, with its histogram made flat over [0, 1].
+
+    A constant channel becomes 0.
+    """
     levels = (low.float() * 255).round().long().flatten(2)
     counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add(
         2, levels, torch.ones_like(levels)

@@ -1,14 +1,17 @@
-"""Short training runs of equal budget that differ in one thing each, scored on the validation
-scenes.
+"""Short training runs of equal budget that differ in one thing each.
 
     python benchmarks/ablation.py [VARIANT ...] [--minutes 5] [--seed 0] [--set KEY=VALUE ...]
 
-Every run starts from nothing and is `model_script.py --mode train --config
-configs/november_stage3.json` with its schedule cut to --minutes, SHORT (smaller crops and a higher
-rate, as the recipe's own crops come after two other stages) and the settings of its variant; the
-variants that need another model get it here. Without names all variants run; each adds a line to
-results/ablation.csv, from which the table in benchmarks/ablation.md was made. Data: train_low_dir
-and train_high_dir of the recipe. Evaluation pictures play no part.
+They are scored on the validation scenes. Evaluation pictures play no part. Every run starts from
+nothing and is
+
+    python model_script.py --mode train --config configs/november_stage3.json
+
+with its schedule cut to --minutes, with SHORT (smaller crops and a higher rate, as the recipe's own
+crops come after two other stages), and with the settings of its variant. The variants that need
+another model get it here. Without names all variants run. Each adds a line to results/ablation.csv,
+from which the table in benchmarks/ablation.md was made. Data: train_low_dir and train_high_dir of
+the recipe.
 """
 
 from __future__ import annotations
@@ -58,8 +61,10 @@ class WithoutGlobal(ms.ConditionalFlow):
 
 
 class WithoutFlow(ms.ConditionalFlow):
-    """Direct regression by the two branches: the mean is the picture in logit space, no coupling
-    touches it."""
+    """Direct regression by the two branches: the mean is the picture in logit space.
+
+    No coupling touches it.
+    """
 
     def decode(self, condition: ms.Condition, noise: Tensor | None = None) -> Tensor:
         latent, (height, width) = condition.prior_mean, condition.size
@@ -117,8 +122,10 @@ RESIZED = ("psnr", "ssim", "ciede2000")  # the same at image_size, whole picture
 
 @torch.no_grad()
 def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
-    """Means over the validation pairs of the averaged weights' metrics, at native size and at
-    image_size."""
+    """Mean metrics over the validation pairs, at native size and at image_size.
+
+    They are those of the averaged weights.
+    """
     model = trainer.averaged.eval()
     native: list[dict[str, Any]] = []
     resized: list[dict[str, Any]] = []

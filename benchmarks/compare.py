@@ -1,17 +1,17 @@
 """One table for every system: the same data, budget, machine and evaluator.
 
-    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] [--only SYSTEM ...]
-    [--set KEY=VALUE ...]
+    python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] \\
+        [--only SYSTEM ...] [--set KEY=VALUE ...]
 
 Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and
-AnlightenDiff (baselines/), and two floors without training, gamma 0.4 and histogram equalisation as
-scikit-image does them. A system without --weights is trained for --minutes by its own CPU recipe.
-Every one is scored on the evaluation pairs by `score_pairs`, at 128x128 unless --set eval_size says
-otherwise; --set reaches every system's config (data folders, device, ...).
+AnlightenDiff (baselines/), and two methods without training, gamma 0.4 and histogram equalisation
+as scikit-image does them. A system without --weights is trained for --minutes by its own CPU
+recipe. Every one is scored on the evaluation pairs by the script's evaluator, at 128x128 unless
+--set eval_size says otherwise. --set reaches every system's config (data folders, device, ...).
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene,
 the trained weights. Seconds are what `--mode enhance` reports for one 600x400 picture, reading and
-writing included, the median of three processes; MiB is the largest of their peak memories, with
+writing included, the median of three processes. MiB is the largest of their peak memories, with
 what they took of a GPU.
 """
 
@@ -98,10 +98,10 @@ class Task(NamedTuple):
 def read_command_line(
     description: str | None, minutes: float, systems: dict[str, str], **defaults: Any
 ) -> Task:
-    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE, where `systems` says whose
-    weights NAME's are.
+    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE.
 
-    Raises UserError, before hours of training, for what will not do.
+    `systems` says whose weights NAME's are. Raises UserError, before hours of training, for what
+    cannot work.
     """
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,7 +137,9 @@ def read_command_line(
 
 def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
     """The best weights of a run by the system's own recipe, the task's settings and the `changes`.
-    Ctrl-C ends it all."""
+
+    Ctrl-C ends it all.
+    """
     kind = system_class(system)
     kinds = (kind.config_class, ms.Use)
     chosen = settings.read_all(kinds, str(ROOT / SYSTEMS[system][2]), [], kind.unused)
@@ -152,8 +154,7 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
 
 
 def training_speed(weights: Path) -> float:
-    """Training images a second, as the newest checkpoint beside the weights tells; nan where none
-    is."""
+    """Training images a second, by the newest checkpoint beside the weights; nan without one."""
     path = newest_checkpoint(weights.parent)
     if path is None:
         return float("nan")

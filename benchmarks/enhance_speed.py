@@ -1,17 +1,15 @@
-"""What enhancement costs: seconds and memory from 0.1 to 24 megapixels, a folder run, the start,
-the published layer sizes.
+"""What enhancement costs in seconds and memory.
 
-    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] [--set
-    KEY=VALUE ...]
+    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] \\
+        [--set KEY=VALUE ...]
 
-megapixels   one process of the real command line for each size: the seconds it prints (reading,
-enhancing, writing a
-             PNG) and its peak resident memory
+megapixels   one process of the real command line for each size, 0.1 to 24 megapixels: the seconds
+             it prints (reading, enhancing, writing a PNG) and its peak resident memory
 folder       median seconds a picture over a folder of 600x400 pictures, from its enhance.csv, the
-first left out start        seconds of a whole process that enhances one 600x400 picture stand-in
-the deterministic pass of a model with the published layer sizes (see train_speed.py) at 600x400, by
-turns
-             with ours in one process, so that other load falls on both
+             first left out
+start        seconds of a whole process that enhances one 600x400 picture
+stand-in     the deterministic pass of a model with the published layer sizes (see train_speed.py)
+             at 600x400, by turns with ours in one process, so that other load falls on both
 
 Pictures are generated: smooth colours, dark, with noise. Needs a POSIX system.
 """

@@ -1,5 +1,4 @@
-"""What the benchmarks on evaluation pairs share: their arguments, the model, and the pairs one
-after the other."""
+"""What the benchmarks on evaluation pairs share: arguments, model, and the pairs in turn."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ class Bench(NamedTuple):
 
 
 def open_bench(description: str | None) -> Bench:
-    """Reads --checkpoint and --set from the command line; eval_low_dir, eval_high_dir and scenes
-    name the pairs."""
+    """Reads --checkpoint and --set from the command line.
+
+    eval_low_dir, eval_high_dir and scenes name the pairs.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

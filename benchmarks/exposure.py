@@ -1,16 +1,15 @@
-"""Which exposure control is the better one? Three ways to bring a result to the target's mean
-brightness.
+"""Which exposure control is best? Three ways to bring a result to the target's mean brightness.
 
-    python benchmarks/exposure.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...]
+    python benchmarks/exposure.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...]
 
 none     the model's own brightness
 gain     values multiplied, as the literature's GT-mean does
 light    gain in linear light, what `--set exposure` and `--set reference` apply
 model    the prior mean shifted by one number in the flow's space before decoding
 
-Each is set, picture by picture, to the target's mean: help from the ground truth, for comparison
-only.
+Each is set, picture by picture, to the target's mean. That is help from the ground truth, for
+comparison only.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from support.pictures import exposed, stops_to_mean
 
 @torch.no_grad()
 def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
-    """Decoded from the prior mean plus the shift at which the picture has the mean brightness
-    `mean`, by bisection."""
+    """Decoded from the prior mean plus the shift that gives the picture the mean brightness `mean`.
+
+    The shift is found by bisection.
+    """
     with bench.runtime.autocast():
         condition = bench.model(low).condition(batch(low, bench))
         down, up = -4.0, 4.0

@@ -1,11 +1,10 @@
-"""Does the likelihood know which input belongs to a target? Bits per dimension under the right
-`low` and under a wrong one.
+"""Does the likelihood know which input belongs to a target?
 
-    python benchmarks/likelihood.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...]
+    python benchmarks/likelihood.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...]
 
-Every evaluation target is coded twice, given its own input and given the input of the pair half-way
-round the list.
+Prints bits per dimension of every evaluation target, twice: given its own input, and given the
+input of the pair half-way round the list.
 """
 
 from __future__ import annotations

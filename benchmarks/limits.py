@@ -1,12 +1,12 @@
-"""What holds a model back: training against validation pairs, and how much of the error is coarse,
-fine or noise.
+"""What holds a model back?
 
     python benchmarks/limits.py [--checkpoint FILE] [--every 4] [--set KEY=VALUE ...]
 
 Scores every --every-th training pair and all validation pairs of the split that the weights were
-trained with, whole and at native size; then the validation outputs blurred, sharpened, and with all
-that is coarser than a Gaussian taken from the target. Data: train_low_dir and train_high_dir.
-Evaluation pictures play no part.
+trained with, whole and at native size. Then it scores the validation outputs blurred, sharpened,
+and with all that is coarser than a Gaussian taken from the target, which tells how much of the
+error is coarse, fine or noise. Data: train_low_dir and train_high_dir. Evaluation pictures play no
+part.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def altered(enhanced: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Print a line for each kind of picture: pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the
-    brightness ratio."""
+    """Print a line for each kind of picture.
+
+    Pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the brightness ratio.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

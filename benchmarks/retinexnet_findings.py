@@ -1,18 +1,23 @@
-"""Two findings of a student project on RetinexNet, put to the test: white images from joint
-training, noise in plain zones.
+"""Two findings of a student project on RetinexNet: white images, and noise in plain zones.
 
-    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] [--only VARIANT
-    ...] [--set KEY=VALUE ...]
+    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] \\
+        [--only VARIANT ...] [--set KEY=VALUE ...]
 
-Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation
-pairs: psnr, ssim         of the enhanced picture at 128x128 best light         PSNR with the best
-illumination there is for that reflectance, by least squares at each pixel, in place of
-                   Enhance-Net's: what is missing then is the reflectance's colour
-relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white
-images" would be near 1 white              share of the enhanced pixels whose three channels all
-exceed 0.9; the target's share stands beside it plain noise        deviation of what a Gaussian of 2
-pixels removes, over the flattest fifth of the target, at the pictures'
-                   own size, over the target's own
+The first is said to come from joint training, the second from resizing in place of transposed
+convolutions. Trains each variant for --minutes by baselines/retinexnet.json, and prints means over
+the evaluation pairs:
+
+psnr, ssim         of the enhanced picture at 128x128
+best light         PSNR with the best illumination there is for that reflectance, by least squares
+                   at each pixel, in place of Enhance-Net's; what is missing then is the
+                   reflectance's colour
+relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98; "white
+                   images" would be near 1
+white              share of the enhanced pixels whose three channels all exceed 0.9; the target's
+                   share stands beside it
+plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the
+                   target, at the pictures' own size, divided by the target's own
+
 Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced
 | target of every tenth scene and variant, and the trained weights.
 """

@@ -1,10 +1,10 @@
 """Does the uncertainty map mean something? Its rank correlation with the error that was made.
 
-    python benchmarks/uncertainty.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...] [--set samples=16]
+    python benchmarks/uncertainty.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...] [--set samples=16]
 
-For every evaluation pair: Spearman correlation over pixels of the deviation over samples and the
-absolute error of the best answer, both blurred by a Gaussian of 8 pixels. Needs SciPy, which
+For every evaluation pair: Spearman correlation over pixels between the deviation over samples and
+the absolute error of the best answer, both blurred by a Gaussian of 8 pixels. Needs SciPy, which
 scikit-image brings.
 """
 

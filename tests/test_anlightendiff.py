@@ -1,5 +1,4 @@
-"""AnlightenDiff: its diffusion against closed forms, its maps against hand-made pixels, its
-training through every mode."""
+"""AnlightenDiff: diffusion against closed forms, maps against hand-made pixels, every mode."""
 
 from __future__ import annotations
 

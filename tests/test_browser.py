@@ -1,5 +1,7 @@
-"""The page in a real headless browser: Debian's Chromium, driven by Playwright. Skipped where
-either is missing."""
+"""The page in a real headless browser: Debian's Chromium, driven by Playwright.
+
+Skipped where either is missing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Enhancement of real files: tiles without seams, every kind of picture, folders, alternatives,
-uncertainty, exposure."""
+"""Enhancement of real files.
+
+Tiles without seams, every kind of picture, folders, alternatives, uncertainty, exposure.
+"""
 
 from __future__ import annotations
 

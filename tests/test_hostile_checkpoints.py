@@ -1,5 +1,7 @@
-"""Checkpoints from anywhere: good weights load, everything else costs one line, no memory, and none
-of its code runs."""
+"""Checkpoints from anywhere.
+
+Good weights load. Everything else costs one line and no memory, and none of its code runs.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Pictures from anywhere: each is enhanced as its pixels say or refused in one line, within 2 s and
-300 MB."""
+"""Pictures from anywhere: each is enhanced as its pixels say, or refused in one line.
+
+Both within 2 s and 300 MB.
+"""
 
 from __future__ import annotations
 

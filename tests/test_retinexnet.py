@@ -1,5 +1,4 @@
-"""RetinexNet: its networks and losses against formulas written out, its training modes, and every
-mode of the command line."""
+"""RetinexNet: its networks and losses against formulas written out, its training modes, the CLI."""
 
 from __future__ import annotations
 

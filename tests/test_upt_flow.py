@@ -1,5 +1,4 @@
-"""UPT-Flow: its map, its layers as bijections with the right log-determinants, its encoder, and
-every mode through the CLI."""
+"""UPT-Flow: its map, its layers as bijections, its encoder, and every mode through the CLI."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The page's server: what it answers, what it refuses, and that nothing of an upload is left
-behind."""
+"""The page's server: what it answers, what it refuses, and that no upload is left behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The page's real server under load and abuse: every answer is meant, nobody gets another's
-picture, memory is bounded."""
+"""The page's real server under load and abuse.
+
+Every answer is intended, nobody gets another's picture, memory is bounded.
+"""
 
 from __future__ import annotations
 

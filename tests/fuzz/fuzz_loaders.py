@@ -3,10 +3,10 @@
     pip install atheris
     python tests/fuzz/fuzz_loaders.py --target pictures --minutes 10
 
-Every exception but UserError is a finding, and so is an answer that breaks a promise: its input is
+Every exception but UserError is a finding, and so is an answer that breaks a promise. The input is
 written to --findings with the traceback, once for each place in the code, and the search goes on. A
-library's crash, 20 s for one input and 2 GB of memory end it, with the input in the same folder.
-The exit status is 1 when something was found.
+library's crash, 20 s for one input or 2 GB of memory end it, with the input in the same folder. The
+exit status is 1 when something was found.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ def checkpoint_of(pickle: bytes = b"") -> bytes:
 
 
 def checkpoint(data: bytes, path: Path) -> None:
-    """After one byte: a whole file where that is even, else the pickle of one that is good
-    otherwise."""
+    """The input after its first byte: a whole file where that byte is even.
+
+    Else it is the pickle of a file that is good otherwise.
+    """
     path.write_bytes(checkpoint_of(data[1:]) if data[:1] and data[0] % 2 else data[1:])
     ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
 
