@@ -19,6 +19,7 @@ from cli_tools import (
     differing,
     environment,
     make_data,
+    parsed,
     run_script,
     save_picture,
     target_picture,
