@@ -95,12 +95,20 @@ class Output:
     def __init__(self, path: Path, rate: Fraction, time_base: Fraction, sounds: Sequence[Any]):
         self.container: Any = av.open(str(path), "w")
         self.codec, self.options = CODECS.get(path.suffix.lower(), H264)
-        self.rate, self.time_base = rate, time_base
+        self.rate, self.time_base, self.sounds = rate, time_base, sounds
         self.video: Any = None
         self.last = -1  # time of the frame before
         self.waiting: list[Any] = []
         self.copied, self.converted = dict[int, Any](), dict[int, Any]()
-        for sound in sounds:
+
+    def _begin(self, height: int, width: int) -> None:
+        """Add the streams."""
+        self.video = self.container.add_stream(self.codec, rate=self.rate, options=self.options)
+        self.video.height, self.video.width, self.video.pix_fmt = height, width, "yuv420p"
+        context = self.video.codec_context
+        context.time_base, context.colorspace = self.time_base, Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        for sound in self.sounds:
             if sound.codec_context.codec.canonical_name in self.container.supported_codecs:
                 self.copied[sound.index] = self.container.add_stream_from_template(sound)
             else:
@@ -117,12 +125,7 @@ class Output:
         """Add a picture at `moment`, in units of `time_base`, None for the next one's turn."""
         step = max(1, round(1 / self.rate / self.time_base))
         if self.video is None:
-            self.video = self.container.add_stream(self.codec, rate=self.rate, options=self.options)
-            self.video.height, self.video.width = pixels.shape[:2]
-            self.video.pix_fmt = "yuv420p"
-            context = self.video.codec_context
-            context.time_base, context.colorspace = self.time_base, Colorspace.ITU709
-            context.color_range = ColorRange.MPEG
+            self._begin(*pixels.shape[:2])
             self.last = (moment or 0) - step
         # untagged, players would guess the matrix by the size of the picture
         picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -185,8 +188,10 @@ def transfer(
     # AVI knows no times, only a rate
     time_base = 1 / rate if path.suffix.lower() == ".avi" else video.time_base
     expected = video.frames or round((video.duration or 0) * video.time_base * rate) or None
+    if not sounds:  # whose length the whole clip's would be, too
+        expected = expected or round((reading.duration or 0) * rate / av.time_base) or None
     output, told = Output(path, rate, time_base, sounds), Told(expected=expected)
-    total = expected or round((reading.duration or 0) / 1e6 * float(rate)) or None
+    total = expected or round((reading.duration or 0) * rate / av.time_base) or None
     style = progress_style()
     try:
         with tqdm(total=total, desc=source.name, unit="frame", leave=False, **style) as bar:
