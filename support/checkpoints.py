@@ -135,7 +135,7 @@ def load_weights(model: Any, checkpoint: dict[str, Any], path: str) -> None:
                 raise TypeError
             weights[name] = found.to(wanted.dtype)  # released ones may be stored in 16 bits
         model.load_state_dict(weights, assign=any(p.is_meta for p in model.parameters()))
-    except (RuntimeError, AttributeError, TypeError, KeyError):
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError):
         hint = "the weights do not fit the architecture that its config describes"
         raise UserError(f"{path}: {hint}") from None
     matrices = [
