@@ -235,7 +235,8 @@ def check_training_state(
     if step < 0 or not 0 <= minutes < float("inf") or best != best:
         raise ValueError
     # the run's name becomes a folder
-    if not is_text(run_id) or Path(run_id).name != run_id or run_id.startswith("."):
+    whole = is_text(run_id) and run_id and Path(run_id).name == run_id
+    if not whole or run_id.startswith("."):
         raise ValueError
     if isinstance(optimizer, torch.optim.Adam):  # another may keep what it likes
         for parameter, values in optimizer.state.items():
