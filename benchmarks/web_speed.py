@@ -2,8 +2,9 @@
 
     python benchmarks/web_speed.py [--checkpoint FILE] [--together 20] [--repeats 5]
 
-Starts the real page on a free port, uploads generated pictures as a browser does and waits for each
-result. Seconds run from the start of the upload to the last byte of the enhanced view.
+Starts the real tools/web_app.py on a free port, uploads generated pictures as a browser does and
+waits for each result. Seconds run from the start of the upload to the last byte of the enhanced
+view.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def load_weights(model: Any, checkpoint: dict[str, Any], path: str) -> None:
                 raise TypeError
             weights[name] = found.to(wanted.dtype)  # released ones may be stored in 16 bits
         model.load_state_dict(weights, assign=any(p.is_meta for p in model.parameters()))
-    except (RuntimeError, AttributeError, TypeError, KeyError):
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError):
         hint = "the weights do not fit the architecture that its config describes"
         raise UserError(f"{path}: {hint}") from None
     matrices = [
@@ -257,7 +257,8 @@ def check_training_state(
     if step < 0 or not 0 <= minutes < float("inf") or best != best:
         raise ValueError
     # the run's name becomes a folder
-    if not is_text(run_id) or Path(run_id).name != run_id or run_id.startswith("."):
+    whole = is_text(run_id) and run_id and Path(run_id).name == run_id
+    if not whole or run_id.startswith("."):
         raise ValueError
     if isinstance(optimizer, torch.optim.Adam):  # another may keep what it likes
         for parameter, values in optimizer.state.items():

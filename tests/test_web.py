@@ -360,7 +360,7 @@ def test_whole_pictures_leave_threads_for_everything_else(
     job, _ = wait(client, upload(client, encoded(LOW)))
     gate, encode = threading.Event(), encode_picture
     monkeypatch.setattr(
-        ms, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
+        web_app, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
     )
 
     def whole() -> Any:
