@@ -67,7 +67,7 @@ def test_help_lists_every_key_that_does_something(
 ) -> None:
     system = system_class(name)
     with pytest.raises(SystemExit):
-        ms.parse_command_line(["--help"], system)
+        ms.main(["--help"], system)
     shown = capsys.readouterr().out
     known = [key.name for kind in kinds_of(system) for key in dataclasses.fields(kind)]
     assert set(system.unused) < set(known)

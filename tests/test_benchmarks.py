@@ -19,6 +19,7 @@ from conftest import ROOT, write_pairs
 from PIL import Image
 
 import model_script as ms
+from support.pairs import PairStore, find_pairs
 from support.pictures import resize, to_tensor
 
 FOLDER = ROOT / "benchmarks"
@@ -319,8 +320,8 @@ def test_the_model_is_brought_to_a_mean_by_its_prior(tmp_path: Path) -> None:
     exposure = importlib.import_module("exposure")
     loaded = ms.load_model(str(ms.RELEASED), {"device": "cpu"}, ms.ConditionalFlow)
     low = np.random.default_rng(0).integers(0, 40, (37, 42, 3), dtype=np.uint8)
-    store = ms.PairStore(ms.find_pairs(*map(str, write_pairs(tmp_path, 1)), "eval"), 0)
-    bench = exposure.Bench(loaded.model, loaded.use, loaded.runtime, store)
+    store = PairStore(find_pairs(*map(str, write_pairs(tmp_path, 1)), "eval"), 0)
+    bench = exposure.Bench(loaded, loaded.use, loaded.runtime, store)
     for mean in (0.2, 0.6):
         picture = exposure.through_the_model(bench, low, mean)
         assert picture.shape == low.shape and picture.mean() == pytest.approx(mean, abs=2e-3)

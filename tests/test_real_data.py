@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 import model_script as ms
 from support import metrics
 from support.decoding import read_image
+from support.pairs import PairStore, evaluation_pairs, find_pairs
 from support.runtime import choose_runtime
 from support.scenes import find_twins, split_by_scene
 from support.settings import build
@@ -35,7 +36,7 @@ def configured(**changes: Any) -> ms.Config:
 @pytest.fixture(scope="module")
 def thumbnails() -> np.ndarray:
     """The training targets at 16x16, without reading the dark photographs."""
-    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
+    pairs = find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
     return np.stack([shrunk(pair.high, 16) for pair in pairs])
 
 
@@ -51,7 +52,7 @@ def used(**changes: Any) -> ms.Use:
 
 
 def test_all_pairs_are_found() -> None:
-    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
+    pairs = find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
     assert len(pairs) == 236  # the archive's ten orphans, such as 20(1).png, are none
     assert [pair.low.stem for pair in pairs] == [pair.high.stem for pair in pairs]
     assert [int(pair.name) for pair in pairs] == sorted(int(pair.name) for pair in pairs)
@@ -73,14 +74,14 @@ def test_the_published_numbers_are_of_these_pairs(thumbnails: np.ndarray) -> Non
         part: (ROOT / "benchmarks" / f"{part}_scenes.txt").read_text()
         for part in ("validation", "evaluation")
     }
-    pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
+    pairs = find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
     config = configured()
     split = (config.val_fraction, config.scene_similarity, config.seed)
     _, validation = split_by_scene(thumbnails, *split)
     train = {f"eval_{kind}_dir": str(TRAIN / kind) for kind in ("low", "high")}
-    chosen = ms.evaluation_pairs(used(scenes=names["validation"], **train))
+    chosen = evaluation_pairs(used(scenes=names["validation"], **train))
     assert [pair.name for pair in chosen] == [pairs[i].name for i in validation]
-    assert len(ms.evaluation_pairs(used(scenes=names["evaluation"]))) == 42
+    assert len(evaluation_pairs(used(scenes=names["evaluation"]))) == 42
 
 
 def test_a_few_steps_lower_the_loss() -> None:
@@ -99,8 +100,8 @@ def test_a_few_steps_lower_the_loss() -> None:
         channel_gain=0.0,
         global_dropout=0.0,
     )
-    pairs = ms.find_pairs(config.train_low_dir, config.train_high_dir, "train")[:2]
-    store = ms.PairStore(pairs, 0)
+    pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")[:2]
+    store = PairStore(pairs, 0)
     samples = ms.TrainingSamples(store, range(len(store)), config)
     batch = ms.Sample(*default_collate([tuple(samples[0, place]) for place in range(len(samples))]))
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(metrics, "load_lpips", lambda: None)  # slow, and not asked for here
     config, use = configured(), used()
     assert use.size_to_score(config) == (128, 128)
-    store = ms.PairStore(ms.evaluation_pairs(use), 2**30)
+    store = PairStore(evaluation_pairs(use), 2**30)
 
     class Untouched(ms.System):
         def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:

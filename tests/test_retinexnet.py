@@ -23,7 +23,7 @@ from torch import Tensor
 
 import model_script as ms
 from baselines import retinexnet as rn
-from support import settings, simulated
+from support import commands, settings, simulated
 from support.pictures import resize, to_tensor, to_uint8
 
 EPOCHS = 4  # of 5 steps each, so that epoch 2 ends with the first stage of split
@@ -544,7 +544,9 @@ def test_such_a_key_in_a_shared_config_file_is_let_pass(tmp_path: Path) -> None:
     shared = tmp_path / "shared.json"
     shared.write_text('{"samples": 4, "uncertainty": true, "batch_size": 3}', encoding="utf-8")
     given = ["--mode", "train", "--config", str(shared)]
-    assert ms.parse_command_line(given, rn.RetinexNet).settings == {"batch_size": 3}
+    kinds = (rn.RetinexConfig, ms.Use)
+    read = commands.parse(given, ms.MODES, kinds, rn.RetinexNet, None)
+    assert read.settings == {"batch_size": 3}
 
 
 def test_help_names_its_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
