@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickletools
+import re
 import time
 import warnings
 import zipfile
@@ -27,6 +28,8 @@ PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage" for kind in STORED
 }
 LONGEST_PICKLE = 2**24
+# what a training writes; checkpoint_epoch_mine.pth is somebody's own
+WRITTEN = re.compile(r"best_model|checkpoint_epoch_\d+|checkpoint_interrupted", re.ASCII)
 
 
 def refuse_hostile(path: str) -> None:
@@ -180,8 +183,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def runs_in(folder: Path) -> list[Path]:
     """The checkpoints that trainings left in `folder`, the one that was written last first."""
-    names = ("best_model.pth", "checkpoint_epoch_*.pth", "checkpoint_interrupted.pth")
-    found = [path for name in names for path in folder.glob(name)]
+    found = [path for path in folder.glob("*.pth") if WRITTEN.fullmatch(path.stem)]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
