@@ -1366,7 +1366,7 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
     if resume:
         # weights go where they came from, also when that folder was moved
         here = {"checkpoint_dir": str(Path(resume).parent)}
-        checkpoint = checkpoints.load_checkpoint(resume)
+        checkpoint = checkpoints.load_checkpoint(resume, system.name())
         kind, mine = system.config_class, here | given
         config = checkpoints.stored_config(checkpoint, resume, mine, kind, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
@@ -1389,7 +1389,7 @@ class Loaded(NamedTuple):
 
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:
     """A checkpoint's model, ready to evaluate and enhance, under the settings `given`."""
-    checkpoint = checkpoints.load_checkpoint(path)
+    checkpoint = checkpoints.load_checkpoint(path, system.name())
     config = checkpoints.stored_config(checkpoint, path, given, system.config_class, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)

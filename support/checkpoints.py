@@ -56,9 +56,17 @@ def refuse_hostile(path: str) -> None:
                     )
 
 
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises
-    UserError."""
+def refuse_other_system(checkpoint: dict[str, Any], path: str, ours: str) -> None:
+    """Raises UserError where the weights are not of the system of the name `ours`."""
+    theirs = checkpoint.get("system", "ConditionalFlow")
+    if theirs != ours:
+        hint = "use the script that trained them"
+        raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; {hint}")
+
+
+def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
+    """The content of a checkpoint, of `system` where that is named; tensors on the CPU. Nothing
+    pickled is ever executed. Raises UserError."""
     try:
         refuse_hostile(path)
         with warnings.catch_warnings():
@@ -94,6 +102,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a checkpoint of this script (its system and run_id are no texts)"
         )
+    if system:  # before its config is read, which has keys of its own
+        refuse_other_system(content, path, system)
     return content
 
 
@@ -123,10 +133,7 @@ def load_weights(model: Any, checkpoint: dict[str, Any], path: str) -> None:
 
     Raises UserError when they are another system's, do not fit, are not finite or not invertible.
     """
-    theirs, ours = checkpoint.get("system", "ConditionalFlow"), model.name()
-    if theirs != ours:
-        hint = "use the script that trained them"
-        raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; {hint}")
+    refuse_other_system(checkpoint, path, model.name())
     try:
         weights = dict(checkpoint["model"])
         for name, wanted in model.state_dict().items():
