@@ -1,4 +1,4 @@
-"""Quick checks of what the script stands on, and of how a pair is scored: no training, no process."""
+"""Quick checks of what the script stands on, and of how a pair is scored: nothing is trained."""
 
 from __future__ import annotations
 
@@ -119,15 +119,17 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path: Path) -> None:
 
 def test_the_newest_epochs_are_kept(tmp_path: Path) -> None:
     names = [f"checkpoint_epoch_{number}.pth" for number in range(8, 13)]
-    run_of(tmp_path, "best_model.pth", "checkpoint_interrupted.pth", "mine.pth", *names)
+    others = ("best_model.pth", "checkpoint_interrupted.pth", "checkpoint_epoch_mine.pth")
+    run_of(tmp_path, *others, *names)
     checkpoints.remove_old(tmp_path, 2)
-    left = {"best_model.pth", "checkpoint_interrupted.pth", "mine.pth", *names[-2:]}
+    left = {*others, *names[-2:]}
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_only_what_trainings_write_is_another_run(tmp_path: Path) -> None:
+    theirs = ("released.pth", "README.md", "checkpoint_epoch_final.pth", ".best_model.7.pth")
     checkpoints.refuse_other_run(tmp_path / "missing")
-    checkpoints.refuse_other_run(run_of(tmp_path / "a", "released.pth", "README.md"))
+    checkpoints.refuse_other_run(run_of(tmp_path / "a", *theirs))
     for name in ("best_model.pth", "checkpoint_epoch_1.pth", "checkpoint_interrupted.pth"):
         with pytest.raises(UserError, match=f"holds another run .{name}"):
             checkpoints.refuse_other_run(run_of(tmp_path / name[:12], name))
@@ -279,7 +281,6 @@ def test_every_pair_has_its_own_noise_and_repeats() -> None:
 
 def test_the_summary_leaves_twins_out_and_takes_the_median_of_the_seconds(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(b"weights")
-    told = [(10, False, 1), (20, True, 2), (40, None, 9)]
     rows: list[dict[str, Any]] = [
         {"filename": f"{place}.png", "psnr": psnr, "ssim": 0.5, "twin_in_training": twin}
         | {"seconds": seconds}
