@@ -19,7 +19,7 @@ from support.metrics import evaluation_summary, image_metrics
 from support.runtime import choose_runtime
 from support.settings import UserError
 
-TINY = dict(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+TINY: dict[str, Any] = dict(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
 
 
 def tiny_model(seed: int = 0) -> ms.ConditionalFlow:
