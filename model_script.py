@@ -34,7 +34,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,15 +51,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support import checkpoints, commands, files, metrics, pictures, processes, settings, simulated
+from support import (
+    cameras,
+    checkpoints,
+    commands,
+    files,
+    metrics,
+    pictures,
+    processes,
+    settings,
+    simulated,
+)
 from support.curves import Curves
-from support.decoding import SUFFIXES, VIDEO_SUFFIXES, read_image, read_picture
+from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
-from support.pairs import PairStore, chosen_pairs, find_pairs, source_pairs
+from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
-from support.scenes import split_by_scene, training_twins
+from support.scenes import training_twins
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
 
@@ -70,6 +79,7 @@ from support.tiles import latent_noise, plan_tiles
 
 RELEASED = Path(__file__).resolve().parent / "checkpoints" / "released.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
+WHICH_CAMERA = ("auto", *cameras.CAMERAS)
 KERNELS = ("triangle", "inverse_quadratic")
 ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 
@@ -142,11 +152,10 @@ class Config:
     def __post_init__(self) -> None:
         """Rules that no single key can state. Raises UserError."""
         if len(self.image_size) != 2:
-            hint = "two integers in [16, 8192], height and width"
-            raise UserError(f"image_size must be {hint}, got {self.image_size}")
+            raise UserError(f"image_size must be two integers, height,width; got {self.image_size}")
         if self.crop_size % 8 or 0 < self.crop_size < 32:
-            hint = "0 or a multiple of 8 in [32, 4096]"
-            raise UserError(f"crop_size must be {hint}, got {self.crop_size}")
+            allowed = "0 or a multiple of 8 in [32, 4096]"
+            raise UserError(f"crop_size must be {allowed}, got {self.crop_size}")
         for key, step in (("thumbnail_size", 16), ("flow_channels", 8)):
             if getattr(self, key) % step:
                 raise UserError(f"{key} must be a multiple of {step}, got {getattr(self, key)}")
@@ -157,8 +166,7 @@ class Config:
         if self.identity_share + self.paste_share > 1:
             raise UserError("identity_share and paste_share must sum to at most 1")
         if not any((self.nll_weight, self.l1_weight, self.ssim_weight, self.colour_weight)):
-            weights = "nll_weight, l1_weight, ssim_weight and colour_weight"
-            raise UserError(f"one of {weights} must be above 0")
+            raise UserError("one of nll_, l1_, ssim_ and colour_weight must be above 0")
 
 
 @dataclasses.dataclass
@@ -166,6 +174,7 @@ class Use:
     """How a model is used: where to compute, what to score, what to write; never stored."""
 
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    camera: str = knob("auto", "which released network; auto: by the picture", choices=WHICH_CAMERA)
     compile: bool = knob(False, "train by torch.compile; needs a C++ compiler")
     num_workers: int = knob(0, "data loading processes; 0 loads in the main one", 0, 64)
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
@@ -196,14 +205,7 @@ class Use:
         """(height, width) that pictures are scored at; None for their own. Raises UserError."""
         if self.eval_size == "auto" and config and not config.crop_size:
             return config.image_size[0], config.image_size[1]
-        if self.eval_size in ("auto", "native"):
-            return None
-        sides = re.fullmatch(r"\[? *(\d{2,4}) *, *(\d{2,4}) *\]?", self.eval_size, re.ASCII)
-        height, width = (int(side) for side in sides.groups()) if sides else (0, 0)
-        if not (16 <= height <= 8192 and 16 <= width <= 8192):
-            hint = "auto, native or height,width in [16, 8192]"
-            raise UserError(f"eval_size must be {hint}, got {self.eval_size!r}")
-        return height, width
+        return settings.read_size("eval_size", self.eval_size)
 
 
 # keys that another system may have no use for, and names in its `unused`
@@ -1041,25 +1043,6 @@ def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.Aver
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
 
 
-def training_data(config: Config, use: Use) -> tuple[PairStore, list[int], PairStore, list[int]]:
-    """(training store, its indices, validation store, its indices)."""
-    room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    if not config.sources and not config.val_low_dir:
-        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
-        store = PairStore(pairs, room, skip)
-        split = (config.val_fraction, config.scene_similarity, config.seed)
-        training, validation = split_by_scene(store.thumbnails, *split)
-        return store, training, store, validation
-    if config.sources:
-        pairs, held = source_pairs(config.sources, config.val_pairs)
-    else:
-        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
-        held = find_pairs(config.val_low_dir, config.val_high_dir, "val")
-    store = PairStore(pairs, room, skip)
-    held_out = PairStore(held, store.room, skip)
-    return store, list(range(len(store))), held_out, list(range(len(held_out)))
-
-
 class LossModule(nn.Module):
     """A model's losses as a forward pass, which is what DistributedDataParallel wraps."""
 
@@ -1094,7 +1077,8 @@ class Trainer:
         here = resume is not None and Path(resume).parent.resolve() == self.folder.resolve()
         if not processes.restarted() and not here:
             checkpoints.refuse_other_run(self.folder)
-        self.store, self.training, self.held_out, self.validation = training_data(config, use)
+        room = use.cache_megabytes * 2**20
+        self.store, self.training, self.held_out, self.validation = training_data(config, room)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         model = system(config)
@@ -1150,8 +1134,7 @@ class Trainer:
                     return 130
             found = {"hparam/best_validation_score": self.best, "hparam/minutes": self.minutes}
             self.curves.conclude(dataclasses.asdict(config), found)
-        best = self.folder / "best_model.pth"
-        print(f"best weights: {best} (validation score {self.best:.2f})")
+        print(f"best weights: {self.folder}/best_model.pth (validation score {self.best:.2f})")
         print(f"newest checkpoint: {checkpoints.newest_checkpoint(self.folder)}")
         print(f"curves: tensorboard --logdir {config.log_dir}")
         return 0
@@ -1244,8 +1227,7 @@ class Trainer:
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
         means, choice = metrics.validation_means(scores)
-        curves = {f"validation/{name}": value for name, value in means.items()}
-        self.curves.scalars(curves, self.step)
+        self.curves.scalars({f"validation/{k}": v for k, v in means.items()}, self.step)
         self.curves.validation(shown, latents, self.step)
         better = choice > self.best
         self.best = max(self.best, choice)
@@ -1299,13 +1281,12 @@ class Trainer:
         return f"{found}; try a lower learning_rate"
 
     def _announce(self, log_dir: Path) -> None:
-        config = self.config
-        parameters = sum(p.numel() for p in self.model.parameters())
-        resized = f"pictures resized to {config.image_size}"
+        config, resized = self.config, f"pictures resized to {self.config.image_size}"
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         geometry = f"{config.crop_size} px crops" if config.crop_size else resized
         pairs = f"{len(self.training)} training and {len(self.validation)} validation pairs"
         print(f"{pairs}, {geometry}, batch {config.batch_size}")
-        print(f"{parameters / 1e6:.2f} M parameters on {self.runtime}; seed {config.seed}")
+        print(f"{parameters:.2f} M parameters on {self.runtime}; seed {config.seed}")
         print(f"steps {self.step} to {self.total_steps} in {config.num_epochs} epochs")
         print(f"weights to {self.folder}, curves to {log_dir}")
 
@@ -1379,12 +1360,29 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
 
 
 class Loaded(NamedTuple):
-    """A model to use, where it computes, and the checkpoint that it came from."""
+    """A model to use, where it computes, and the checkpoint that it came from.
+
+    Released weights may hold a second network, for infrared pictures, which `choose` finds.
+    """
 
     model: Any
     use: Use
     runtime: Runtime
     checkpoint: dict[str, Any]
+    infrared: Any = None
+    probe: Tensor | None = None
+
+    def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
+        """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
+
+        `camera` says which, or, where that is auto, the picture's thumbnail.
+        """
+        camera = self.use.camera
+        if self.infrared is None or self.probe is None:
+            return self.model, ""
+        if camera == "auto":
+            camera = cameras.camera_of(pixels, self.probe)
+        return (self.infrared if camera == "infrared" else self.model), camera
 
 
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:
@@ -1393,8 +1391,14 @@ def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded
     config = checkpoints.stored_config(checkpoint, path, given, system.config_class, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)
-    model = checkpoints.build_model(system, config, checkpoint, path)
-    return Loaded(runtime.place(model).eval(), use, runtime, checkpoint)
+    model = runtime.place(checkpoints.build_model(system, config, checkpoint, path)).eval()
+    if "cameras" not in checkpoint:
+        if use.camera != "auto":
+            raise UserError(f"camera: {path} holds one network; leave it out")
+        return Loaded(model, use, runtime, checkpoint)
+    weights, probe = checkpoints.camera_parts(checkpoint, path)
+    second = runtime.place(checkpoints.build_model(system, config, weights, path)).eval()
+    return Loaded(model, use, runtime, checkpoint, second, probe)
 
 
 class NotFinite(UserError):
@@ -1453,8 +1457,7 @@ def enhance_pixels(
             answer = draw(0, 0.0 if wanted else temperature)[0, :, rows, columns]
             drawn = [draw(k + 1, temperature)[0, :, rows, columns] for k in range(wanted)]
         if not all(bool(picture.isfinite().all()) for picture in (answer, *drawn)):
-            hint = "its weights give no finite picture; go back to an earlier one"
-            raise NotFinite(f"--checkpoint: {hint}")
+            raise NotFinite("--checkpoint: its weights give no finite picture; use an earlier one")
         best[here] = to_uint16(answer)
         for sample, picture in zip(samples, drawn, strict=False):
             sample[here] = to_uint16(picture)
@@ -1572,14 +1575,16 @@ def score_pair(
 
 def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) -> Iterator[Scored]:
     """Score this process's share of the pairs of `store`, in order; by one process, all."""
-    model, use, runtime, _ = loaded
-    size, lpips_of = use.size_to_score(model.config), metrics.load_lpips()
+    use, lpips_of = loaded.use, metrics.load_lpips()
+    size = use.size_to_score(loaded.model.config)
     indices = processes.shard(range(len(store)))
     for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
         low, high = store[index]
-        scored = score_pair(model, low, high, size, use, runtime, index)
+        model, camera = loaded.choose(low)
+        scored = score_pair(model, low, high, size, use, loaded.runtime, index)
         row = {"filename": store.pairs[index].low.name, **scored.row}
         seconds = row.pop("seconds")
+        row |= {"camera": camera} if camera else {}
         if lpips_of:
             ours, target = (
                 image.permute(1, 2, 0).double().numpy() for image in (scored.enhanced, scored.high)
@@ -1614,9 +1619,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode evaluate."""
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     use, config = loaded.use, loaded.model.config
-    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    store = PairStore(chosen_pairs(pairs, use.scenes), room, skip)
+    store = PairStore(evaluation_pairs(use), room, skip)
     twins = training_twins(store.thumbnails, loaded.checkpoint)
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
@@ -1662,7 +1666,8 @@ def enhance_file(
     """
     started, use = time.perf_counter(), loaded.use
     picture = read_picture(source)
-    enhanced = enhance_pixels(loaded.model, picture.pixels, use, loaded.runtime)
+    model, camera = loaded.choose(picture.pixels)
+    enhanced = enhance_pixels(model, picture.pixels, use, loaded.runtime)
     suffix = target.suffix.lower()
     deep = picture.pixels.dtype == np.uint16 and suffix in (".png", ".tif", ".tiff")
     stops = use.exposure
@@ -1691,6 +1696,7 @@ def enhance_file(
         "brightness_before": round(float(picture.pixels.mean()) / white[0], 5),
         "brightness_after": round(float(after.mean()) / white[1], 5),
         "deviation": deviation,
+        "camera": camera,
         "note": picture.note,
     }
 
@@ -1698,8 +1704,6 @@ def enhance_file(
 def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode enhance: a picture, a folder or a pattern, each at its own resolution."""
     given, many = arguments.input, means_many(arguments.input)
-    if Path(given).suffix.lower() in VIDEO_SUFFIXES and not many:
-        raise UserError(f"--input {given}: is a clip; use python tools/enhance_video.py for it")
     jobs = find_jobs(given, arguments.output, SUFFIXES)
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     reference = loaded.use.reference
@@ -1711,7 +1715,7 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
         except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            hint = "lower memory_megabytes or samples, or make it smaller"
+            hint = "lower memory_megabytes or samples"
             raise UserError(f"{source}: not enough memory; {hint}") from None
 
     if many:
@@ -1719,8 +1723,8 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     if rank():  # one picture is one process's work
         return 0
     row = work(*jobs[0])
-    size = f"{row['width']}x{row['height']}"
-    print(f"{row['output']}: {size}, {row['seconds']:.2f} s on {loaded.runtime}")
+    size, seconds = f"{row['width']}x{row['height']}", f"{row['seconds']:.2f} s"
+    print(f"{row['output']}: {size}, {seconds} on {loaded.runtime}")
     if row["note"]:
         print(f"{given}: {row['note']}")
     if row["deviation"] != "":
@@ -1736,17 +1740,15 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
 def demo(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode demo: simulate, train a small model, evaluate it on other photographs."""
     kinds, given = (system.config_class, Use), arguments.settings
-    base = settings.build(system.config_class, given, "settings")
-    use = settings.build(Use, given, "settings")
-    folder = files.results_folder(use.results_dir, "demo")
+    weights = given.get("checkpoint_dir", system.config_class().checkpoint_dir)
+    folder = files.results_folder(given.get("results_dir", Use().results_dir), "demo")
     sides = [(part, kind) for part in ("train", "eval") for kind in ("low", "high")]
     here = {f"{part}_{kind}_dir": str(folder / "data" / part / kind) for part, kind in sides}
     small = dict(
         **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7),
         **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8),
-        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
-        checkpoint_dir=f"{base.checkpoint_dir}/{folder.name}",
-        results_dir=str(folder),
+        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto", sources=[]),
+        **dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder)),
     )
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
@@ -1760,8 +1762,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
         return status
     best = f"{config.checkpoint_dir}/best_model.pth"
     evaluate(argparse.Namespace(checkpoint=best, settings=dataclasses.asdict(use)), system)
-    ours = json.loads((folder / "evaluation_results.json").read_text())
-    evaluation = Path(ours["results_dir"])
+    evaluation = next(folder.glob("eval_*"))
     summary = json.loads((evaluation / "summary.json").read_text())
     simulated.demo_table(folder / "data", summary["metrics"], folder / "demo.csv")
     print(f"\npictures: {evaluation / 'overview.png'}")

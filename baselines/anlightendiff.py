@@ -1,36 +1,40 @@
-"""AnlightenDiff: a diffusion of the residual picture that ends around a predicted picture, not in
-pure noise.
+"""AnlightenDiff: a diffusion of the residual picture that ends around a predicted picture.
 
 Chan et al., AnlightenDiff: Anchoring Diffusion Probabilistic Model on Low Light Image Enhancement,
-IEEE TIP 2024. Written anew from its description; data, training, evaluation and command line are
-`model_script`'s.
+IEEE TIP 2024. Written anew from its description. Data, training, evaluation and command line are
+model_script's.
 
     python -m baselines.anlightendiff --mode train --config baselines/anlightendiff.json
 
 Words used throughout, besides the script's low and high
     residual   x0 = 2 (high - low) - 1, the picture that is diffused
-    centre     a guess at `high`, in [0, 1]; the diffusion ends at 2 centre - 1 plus noise, instead
-    of at noise alone noisy      x_t, the residual after t + 1 of T steps, t in 0 .. T - 1 alpha_bar
-    what is left of the residual's variance at step t, in (0, 1)
+    centre     a guess at `high`, in [0, 1]; the diffusion ends at 2 centre - 1 plus noise, where an
+               ordinary one ends at noise alone
+    noisy      x_t, the residual after t + 1 of T steps, t in 0 .. T - 1
+    alpha_bar  what is left of the residual's variance at step t, in (0, 1)
 
 All of the paper's formulas say one thing: y = x - (2 centre - 1) undergoes the ordinary diffusion
 of Ho et al.
 
 Where its description is silent or this file differs
-    the centre has a loss of its own, |centre - high|, and the denoiser does not train it;
-    filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation;
-    the best weights are those of the best validation PSNR, as for every system here, not of the
-    paper's mixed score; the schedule of the rate is the script's; Lion and LPIPS are optional
-    packages, AdamW and SSIM the defaults; the published sampler adds the noise of the config's seed
-    at temperature 0, and `start_step` can shorten it (`enhance`); batches that are accumulated, or
-    divided over processes, draw the same steps and noise for each of their parts.
+    - The centre has a loss of its own, |centre - high|, and the denoiser does not train it.
+    - Filters are standardised (Qiao et al. 2019) where the paper speaks of weight normalisation.
+    - The best weights are those of the best validation PSNR, as for every system here, not of the
+      paper's mixed score.
+    - The schedule of the rate is the script's.
+    - Lion and LPIPS are optional packages. AdamW and SSIM are the defaults.
+    - At temperature 0 the published sampler adds the noise of the config's seed, and `start_step`
+      can shorten the sampling (see `enhance`).
+    - The parts of an accumulated or distributed batch all draw the same steps and noise.
 
 References
-    Ho et al., Denoising Diffusion Probabilistic Models (DDPM), NeurIPS 2020: posterior, noise loss
-    Meng et al., SDEdit, ICLR 2022: sampling from a guess with noise, some way back
-    Nichol & Dhariwal, Improved DDPM, ICML 2021: cosine schedule
-    Li et al., SRDiff, Neurocomputing 2022: diffusion of a residual picture under an encoder's
-    features Wang et al., LLFlow, AAAI 2022: equalised input, colour map and gradient map
+    - Ho et al., Denoising Diffusion Probabilistic Models (DDPM), NeurIPS 2020: posterior, noise
+      loss
+    - Meng et al., SDEdit, ICLR 2022: sampling from a guess with noise, some way back
+    - Nichol & Dhariwal, Improved DDPM, ICML 2021: cosine schedule
+    - Li et al., SRDiff, Neurocomputing 2022: diffusion of a residual picture under an encoder's
+      features
+    - Wang et al., LLFlow, AAAI 2022: equalised input, colour map and gradient map
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +59,11 @@ from support.settings import UserError, knob
 
 @dataclass
 class AnlightenConfig(ms.Config):
-    """The script's settings and those of this system; defaults are the published ones, but for
-    AdamW and SSIM."""
+    """The script's settings and those of this system.
 
-    method: ClassVar[str] = "AnlightenDiff"
-    program: ClassVar[str] = "-m baselines.anlightendiff"
-    recipe: ClassVar[str] = "baselines/anlightendiff.json"
-    unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
+    Defaults are the published ones, except for AdamW and SSIM.
+    """
+
     checkpoint_dir: str = knob("checkpoints/anlightendiff", "where weights go")
     width: int = knob(
         64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True
@@ -113,8 +115,11 @@ class AnlightenConfig(ms.Config):
     )
 
     def __post_init__(self) -> None:
-        """Rules that no single key can state; here, so that a mistake is told before any picture is
-        read."""
+        """Rules that no single key can state.
+
+        They are here, so that a mistake is found before any picture is read.
+        """
+        super().__post_init__()
         if self.width % 2:
             raise UserError(f"width must be even, got {self.width}")
         # every level halves the picture, which is padded to a multiple of its last
@@ -131,8 +136,10 @@ class AnlightenConfig(ms.Config):
 
 
 def cosine_alpha_bars(timesteps: int, offset: float = 0.008, largest_beta: float = 0.999) -> Tensor:
-    """(T,) float64, falling from nearly 1 to nearly 0: Nichol & Dhariwal, equation 17, betas
-    clipped."""
+    """(T,) float64, falling from nearly 1 to nearly 0, betas clipped.
+
+    Nichol & Dhariwal, equation 17.
+    """
     share = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     wanted = ((share + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     betas = (1 - wanted[1:] / wanted[:-1]).clamp(max=largest_beta)
@@ -150,8 +157,10 @@ def to_picture(residual: Tensor, low: Tensor) -> Tensor:
 
 
 def noise_shift(centre: Tensor, alpha_bar: Tensor) -> Tensor:
-    """DRDA's shift of the noise, c1_t (2 centre - 1) with c1_t = (1 - sqrt(abar_t)) / sqrt(1 -
-    abar_t)."""
+    """DRDA's shift of the noise, c1_t (2 centre - 1).
+
+    c1_t = (1 - sqrt(abar_t)) / sqrt(1 - abar_t)
+    """
     return (1 - alpha_bar.sqrt()) / (1 - alpha_bar).sqrt() * (2 * centre - 1)
 
 
@@ -170,8 +179,10 @@ def undiffuse(noisy: Tensor, noise: Tensor, centre: Tensor, alpha_bar: Tensor) -
 
 
 class ReverseStep(NamedTuple):
-    """One step of DRDS: x_{t-1} ~ N(residual x0 + noisy x_t + centre (2 centre - 1), deviation^2
-    I)."""
+    """One step of DRDS.
+
+    x_{t-1} ~ N(residual x0 + noisy x_t + centre (2 centre - 1), deviation^2 I)
+    """
 
     residual: float
     noisy: float
@@ -180,13 +191,14 @@ class ReverseStep(NamedTuple):
 
 
 def reverse_step(alpha_bar: float, previous: float) -> ReverseStep:
-    """Coefficients of the step from abar_t = `alpha_bar` to abar_{t-1} = `previous`, the latter 1
-    for the last step.
+    """Coefficients of the step from abar_t = `alpha_bar` to abar_{t-1} = `previous`.
 
-    c2_t is spelled as in the paper; it equals 1 minus the two others, so that x0 = x_t = 2 centre -
-    1 stays where it is. `previous` may be any earlier step's: alpha_t is then the product of those
-    skipped, and x_t's marginal stays DRDA's. The paper's clip of the variance only guards a
-    logarithm that is not taken here; the last step has none.
+    `previous` is 1 for the last step. c2_t is spelled as in the paper. It equals 1 minus the two
+    others, so that x0 = x_t = 2 centre - 1 stays where it is.
+
+    `previous` may be any earlier step's: alpha_t is then the product of those skipped, and x_t's
+    marginal stays DRDA's. The paper's clip of the variance only guards a logarithm that is not
+    taken here; the last step has no variance.
     """
     alpha, gone = alpha_bar / previous, 1 - alpha_bar
     drift = (1 - math.sqrt(previous)) * (1 - alpha) - math.sqrt(alpha) * (1 - math.sqrt(alpha)) * (
@@ -216,14 +228,15 @@ def sampling_times(timesteps: int, steps: int) -> list[int]:
 
 
 def colour_map(low: Tensor) -> Tensor:
-    """Each channel's share of its pixel, low / mean_c(low) / 3: sums to 1 over the channels, 0 for
-    a black pixel."""
+    """Each channel's share of its pixel, low / mean_c(low) / 3.
+
+    Sums to 1 over the channels; 0 for a black pixel.
+    """
     return low / low.sum(1, keepdim=True).clamp(min=1e-4)
 
 
 def gradient_map(image: Tensor) -> Tensor:
-    """max(|dx|, |dy|) by forward differences, which are 0 in the last column and row: the same
-    shape."""
+    """max(|dx|, |dy|) by forward differences, 0 in the last column and row: the same shape."""
     dx = F.pad(image.diff(dim=-1).abs(), (0, 1))
     dy = F.pad(image.diff(dim=-2).abs(), (0, 0, 0, 1))
     return torch.maximum(dx, dy)
@@ -235,11 +248,10 @@ def gradient_map(image: Tensor) -> Tensor:
 
 
 def padded(image: Tensor, step: int) -> Tensor:
-    """Repeat the last row and column until both sides are multiples of `step` and at least two of
-    them.
+    """Repeat the last row and column until both sides are multiples of `step`.
 
-    Two, because the instance normalisation of the deepest level would turn a single pixel into
-    nothing.
+    They become at least two of them, because the instance normalisation of the deepest level would
+    turn a single pixel into nothing.
     """
     bottom, right = (
         max(2 * step, math.ceil(side / step) * step) - side for side in image.shape[-2:]
@@ -248,8 +260,10 @@ def padded(image: Tensor, step: int) -> Tensor:
 
 
 def time_waves(t: Tensor, width: int) -> Tensor:
-    """(B, width) of steps t (B,): sines and cosines of wavelengths from 2 pi to 20000 pi steps,
-    Vaswani et al. 2017."""
+    """(B, width) of steps t (B,): sines and cosines of wavelengths from 2 pi to 20000 pi steps.
+
+    Vaswani et al. 2017.
+    """
     rates = torch.exp(
         -math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2 - 1)
     )
@@ -257,8 +271,7 @@ def time_waves(t: Tensor, width: int) -> Tensor:
 
 
 class StandardisedConv(nn.Conv2d):
-    """3x3 convolution whose filters have mean 0 and variance 1: weight standardisation, Qiao et al.
-    2019."""
+    """3x3 convolution whose filters have mean 0 and variance 1. Qiao et al. 2019."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         # a normalisation follows, with a bias of its own
@@ -270,8 +283,10 @@ class StandardisedConv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """Two standardised convolutions with instance normalisation around which the input passes;
-    `time` shifts the channels."""
+    """Two standardised convolutions with instance normalisation, and a skip connection around them.
+
+    `time` shifts the channels.
+    """
 
     def __init__(self, inputs: int, outputs: int, time_width: int) -> None:
         super().__init__()
@@ -291,11 +306,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, inputs, H, W) of any size -> (3 channels of that size, the encoder's features, one per
-    level, padded).
+    """(B, inputs, H, W) of any size -> (3 channels of that size, the encoder's features).
 
-    `condition`, another U-Net's features, is added level by level; `t` (B,) is there where the net
-    is `timed`.
+    There is one padded feature map for each level. `condition`, another U-Net's features, is added
+    level by level. `t` (B,) is given where the net is `timed`.
     """
 
     def __init__(self, inputs: int, config: AnlightenConfig, timed: bool) -> None:
@@ -343,8 +357,10 @@ class UNet(nn.Module):
 
 @functools.cache
 def lpips_vgg() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS-VGG of pictures in [0, 1], as (B, 1, 1, 1). Raises UserError when the package or its
-    weights are missing."""
+    """LPIPS-VGG of pictures in [0, 1], as (B, 1, 1, 1).
+
+    Raises UserError when the package or its weights are missing.
+    """
     instead = "or use --set dfpl_image_loss=ssim"
     try:
         import lpips
@@ -363,8 +379,10 @@ def lpips_vgg() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def image_loss(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """A scalar, 0 for equal pictures (B, 3, H, W); nominally in [0, 1], though the noise of DFPL's
-    leaves that range."""
+    """A scalar, 0 for equal pictures (B, 3, H, W).
+
+    Pictures are nominally in [0, 1], though the noise in DFPL's leaves that range.
+    """
     if kind == "lpips":
         return lpips_vgg()(a, b).mean()
     return F.l1_loss(a, b) if kind == "l1" else 1 - ms.ssim(a, b).mean()
@@ -378,6 +396,11 @@ def image_loss(kind: str, a: Tensor, b: Tensor) -> Tensor:
 class AnlightenDiff(ms.System):
     """A condition U-Net that predicts the centre, and a denoising U-Net that its features steer."""
 
+    config_class = AnlightenConfig
+    method = "AnlightenDiff"
+    program = "-m baselines.anlightendiff"
+    recipe = "baselines/anlightendiff.json"
+    unused = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
     config: AnlightenConfig
     alpha_bars: Tensor
 
@@ -396,8 +419,10 @@ class AnlightenDiff(ms.System):
         )
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The config's choice. Raises UserError, before the first step, for whatever package the
-        training will miss."""
+        """The config's choice.
+
+        Raises UserError, before the first step, for a package that the training will need.
+        """
         config = self.config
         if config.dfpl_weight and config.dfpl_image_loss == "lpips":
             lpips_vgg()
@@ -418,8 +443,10 @@ class AnlightenDiff(ms.System):
         )
 
     def predict_centre(self, low: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(centre, not yet clamped to [0, 1], features for the denoiser): equalised `low` plus what
-        the U-Net adds to it."""
+        """(centre, features for the denoiser): equalised `low` plus what the U-Net adds to it.
+
+        The centre is not yet clamped to [0, 1].
+        """
         equalised, colours = equalise(low), colour_map(low)
         added, features = self.predictor(
             torch.cat([low, equalised, colours, gradient_map(colours)], dim=1)
@@ -435,10 +462,11 @@ class AnlightenDiff(ms.System):
     def losses(self, batch: ms.Sample) -> dict[str, Tensor]:
         """Named, weighted terms of the training loss, scalars; terms of weight 0 are not computed.
 
-        centre: the paper's description names no loss of the centre; |centre - high| is ours. It
-        alone trains the centre: the denoiser gets it detached, lest it drift to wherever noise is
-        easily told. Not clamped, so that no pixel is without a gradient. noise: DDPM, equation 14.
-        dfpl: see `_denoising_losses`.
+        centre  |centre - high|. It is ours: the paper's description names no loss of the centre. It
+                alone trains the centre. The denoiser gets the centre detached, as it would drift to
+                wherever noise is easily told. It is not clamped, so every pixel has a gradient.
+        noise   DDPM, equation 14
+        dfpl    see `_denoising_losses`
         """
         config, (centre, features) = self.config, self.predict_centre(batch.low)
         terms = (
@@ -453,9 +481,9 @@ class AnlightenDiff(ms.System):
     def _denoising_losses(
         self, batch: ms.Sample, predicted: Tensor, features: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """noise and dfpl. The centre is the prediction or the reference, half and half, so that
-        neither is ever foreign.
+        """The terms noise and dfpl.
 
+        The centre is the prediction or the reference, half and half, so the denoiser knows both.
         DFPL compares the pictures that the true and the predicted noise make of the same residual.
         They are not clamped: at most steps noise leaves [0, 1], and a clamped pixel would have no
         gradient.
@@ -479,18 +507,17 @@ class AnlightenDiff(ms.System):
         return terms
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16: DRDS, from 2
-        centre - 1 itself.
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16.
 
-        `temperature` 0 gives one picture: the paper's process under the noise of the config's seed.
-        Without any noise the denoiser sees what it was never trained on; that cost about 1 dB and
-        0.1 of SSIM in a small trial. Above 0 the noise follows the global random state,
-        `temperature` times the posterior's deviation; 1 is the paper's.
+        DRDS, from 2 centre - 1 itself. `temperature` 0 gives one picture: the paper's process under
+        the noise of the config's seed. Without any noise the denoiser sees what it was never
+        trained on; that cost about 1 dB and 0.1 of SSIM in a small trial. Above 0 the noise follows
+        the global random state, `temperature` times the posterior's deviation; 1 is the paper's.
 
-        `start_step` is ours. The paper's start tells nothing of the noise, and while abar_t is
-        small `undiffuse` multiplies whatever the guess misses by sqrt((1 - abar_t) / abar_t): the
-        first residuals are saturated, and their colours stay. A start from the centre's own
-        residual, under the noise of a step where abar_t is large, leaves these steps out.
+        `start_step` is ours. The paper's start says nothing about the noise. While abar_t is small,
+        `undiffuse` multiplies what the guess misses by sqrt((1 - abar_t) / abar_t): the first
+        residuals are saturated, and their colours stay. A start from the centre's own residual,
+        under the noise of a step where abar_t is large, leaves these steps out.
         """
         config, schedule = self.config, cosine_alpha_bars(self.config.timesteps).tolist()
         generator, spread = self._generator(temperature), temperature or 1.0
@@ -526,9 +553,9 @@ class AnlightenDiff(ms.System):
     def _generator(self, temperature: float) -> torch.Generator:
         """Source of the reverse process's noise, on the CPU, so that every device draws the same.
 
-        At temperature 0 the config's seed starts it and the global random state stays untouched, so
-        that a validation never changes the training around it; above 0 a number drawn from the
-        global state does.
+        At temperature 0 it starts from the config's seed and leaves the global random state alone,
+        so that a validation never changes the training around it. Above 0 it starts from a number
+        drawn from the global state.
         """
         seed = int(torch.randint(2**31, ())) if temperature else self.config.seed
         return torch.Generator().manual_seed(seed)
@@ -539,4 +566,4 @@ class AnlightenDiff(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=AnlightenDiff, config_class=AnlightenConfig))
+    sys.exit(ms.main(system=AnlightenDiff))

@@ -1,45 +1,47 @@
-"""RetinexNet: a dark photograph is split into reflectance and illumination, and only the
-illumination is brightened.
+"""RetinexNet: splits a photograph into reflectance and illumination, and brightens the latter.
 
     python -m baselines.retinexnet --mode train --config baselines/retinexnet.json
 
-Words used throughout, beside those of model_script
+Words used throughout, besides those of model_script
     reflectance    R, the colours of things, (B, 3, H, W) in [0, 1], the same for low and high
     illumination   I, the light that falls on them, (B, 1, H, W) in [0, 1]; a picture is R * I
     relit          I_new, the illumination that Enhance-Net proposes, (B, 1, H, W), about [0, 1];
-    enhanced = R_low * I_new
+                   enhanced = R_low * I_new
 
 References
-    Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"):
-    networks, L_recon, L_ir, L_is its public code: the weights of the losses, the 9x9 layer, the
-    channel maximum a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and
-    transposed convolutions; it found white relit
-        illuminations in joint training, and noise in plain colours without transposed convolutions
+    - Wei et al., Deep Retinex Decomposition for Low-Light Enhancement, BMVC 2018 ("the paper"):
+      networks, L_recon, L_ir, L_is
+    - its public code: the weights of the losses, the 9x9 layer, the channel maximum
+    - a student project in PyTorch (UPC School, 2022): join, ignore_ienhance and transposed
+      convolutions. It found white relit illuminations in joint training, and noise in plain colours
+      without transposed convolutions.
 
-Where they are silent or differ, this file
-    takes the gradient at the last row and column as zero, so that a picture's border is no edge,
-    and averages a
-        gradient over those of its 3x3 neighbours that exist (the public code pads with black before
-        the gradient);
-    lets the loss see R_low * I_new unbounded, as the last layer has no activation, and clamps only
-    the finished picture; pads by repeating the last row and column to a multiple of 8 and crops, so
-    that both up-samplings take any size; halves the rates after each quarter of a stage (the
-    paper's code: a tenth after a fifth of the epochs); a stage of
-        `split` is half of the run (the student project trains either network for all epochs);
-        gradients are clipped at norm 1 and Adam's second beta is 0.99, the script's;
-    has no BM3D denoising of the reflectance, an optional step outside the network, so that the
-    networks are compared.
+Where they are silent or this file differs
+    - The gradient at the last row and column is zero, so that a picture's border is no edge. A
+      gradient is averaged over those of its 3x3 neighbours that exist. (The public code pads with
+      black before the gradient.)
+    - The loss sees R_low * I_new unbounded, as the last layer has no activation. Only the finished
+      picture is clamped.
+    - The last row and column are repeated up to a multiple of 8 and cropped afterwards, so that
+      both kinds of up-sampling take any size.
+    - The rates are halved after each quarter of a stage. (The paper's code: a tenth after a fifth
+      of the epochs.)
+    - A stage of `split` is half of the run. (The student project trains either network for all
+      epochs.)
+    - Gradients are clipped at norm 1 and Adam's second beta is 0.99, both the script's.
+    - There is no BM3D denoising of the reflectance, an optional step outside the network, so that
+      the networks are compared.
 
 With weight_decay 0 the optimizer is Adam, as in the public code. With ema_decay above 0 the weights
-that are saved as best glide towards the trained ones, also those of a Decom-Net that is already
-frozen; 0 saves the trained ones themselves.
+that are saved as best are an average that follows the trained ones, also for a Decom-Net that is
+already frozen. With 0 the trained ones themselves are saved.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +53,11 @@ from support.settings import knob
 
 @dataclass
 class RetinexConfig(ms.Config):
-    """The shared settings and those of RetinexNet. `training` counts as architecture: it says what
-    the weights mean."""
+    """The shared settings and those of RetinexNet.
 
-    method: ClassVar[str] = "RetinexNet"
-    program: ClassVar[str] = "-m baselines.retinexnet"
-    recipe: ClassVar[str] = "baselines/retinexnet.json"
-    unused: ClassVar[tuple[str, ...]] = (
-        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
-        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
-    )
+    `training` counts as architecture: it says what the weights mean.
+    """
+
     checkpoint_dir: str = knob("checkpoints/retinexnet", "where weights go")
     training: str = knob(
         "split",
@@ -132,8 +129,10 @@ def double(channels: int, transposed: bool) -> nn.Module:
 
 
 class EnhanceNet(nn.Module):
-    """A low picture's Decomposition to the relit illumination: an encoder-decoder whose three
-    scales are gathered."""
+    """A low picture's Decomposition to the relit illumination.
+
+    An encoder-decoder whose three scales are gathered.
+    """
 
     def __init__(self, channels: int, transposed: bool) -> None:
         super().__init__()
@@ -173,11 +172,10 @@ def gradient(image: Tensor, axis: int) -> Tensor:
 
 
 def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
-    """Structure-aware total variation, a scalar: I may change where R has an edge (paper, L_is,
-    lambda_g = 10).
+    """Structure-aware total variation, a scalar: I may change where R has an edge.
 
-    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical; grey is that of ITU-R
-    BT.601.
+    mean(|grad I| exp(-10 mean_3x3 |grad grey(R)|)), horizontal plus vertical (paper, L_is,
+    lambda_g = 10). Grey is that of ITU-R BT.601.
     """
     grey = (reflectance * reflectance.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
         1, keepdim=True
@@ -192,11 +190,11 @@ def smoothness(illumination: Tensor, reflectance: Tensor) -> Tensor:
 def decom_losses(
     low: Tensor, high: Tensor, of_low: Decomposition, of_high: Decomposition
 ) -> dict[str, Tensor]:
-    """The terms of Decom-Net (paper, L_recon, L_ir, L_is) for pictures (B, 3, H, W) and their
-    decompositions.
+    """The terms of Decom-Net for pictures (B, 3, H, W) and their decompositions.
 
     |R_l I_l - S_l| + |R_h I_h - S_h| + 0.001 (|R_h I_l - S_l| + |R_l I_h - S_h|) + 0.01 |R_l - R_h|
-    + 0.1 smoothness(I_l, R_l) + 0.1 smoothness(I_h, R_h), each |.| a mean.
+    + 0.1 smoothness(I_l, R_l) + 0.1 smoothness(I_h, R_h), each |.| a mean (paper, L_recon, L_ir,
+    L_is).
     """
     r_low, i_low, r_high, i_high = *of_low, *of_high
     return {
@@ -208,8 +206,10 @@ def decom_losses(
 
 
 def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str, Tensor]:
-    """The terms of Enhance-Net (paper, L_recon and L_is): |R_l I_new - S_h| + 3 smoothness(I_new,
-    R_l)."""
+    """The terms of Enhance-Net (paper, L_recon and L_is).
+
+    |R_l I_new - S_h| + 3 smoothness(I_new, R_l)
+    """
     return {
         "relight": F.l1_loss(reflectance * relit, high),
         "relight_smoothness": 3 * smoothness(relit, reflectance),
@@ -224,6 +224,14 @@ def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str
 class RetinexNet(ms.System):
     """Decom-Net and Enhance-Net behind the script's interface."""
 
+    config_class = RetinexConfig
+    method = "RetinexNet"
+    program = "-m baselines.retinexnet"
+    recipe = "baselines/retinexnet.json"
+    unused = (
+        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
+        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
+    )
     config: RetinexConfig
 
     def __init__(self, config: RetinexConfig) -> None:
@@ -233,8 +241,10 @@ class RetinexNet(ms.System):
         self.frozen = False  # in the second stage of split training, where Decom-Net rests
 
     def relit(self, seen: Decomposition) -> Tensor:
-        """I_new (B, 1, H, W); ignore_ienhance puts 1 in its place, so that the reflectance is the
-        enhanced picture."""
+        """I_new (B, 1, H, W).
+
+        ignore_ienhance puts 1 in its place, so that the reflectance is the enhanced picture.
+        """
         return (
             torch.ones_like(seen.illumination)
             if self.config.training == "ignore_ienhance"
@@ -242,8 +252,10 @@ class RetinexNet(ms.System):
         )
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides; one answer, whatever the
-        temperature."""
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides.
+
+        There is one answer, whatever the temperature.
+        """
         seen = self.decom(low)
         return (seen.reflectance * self.relit(seen)).clamp(0, 1)
 
@@ -255,9 +267,11 @@ class RetinexNet(ms.System):
 
     # training -------------------------------------------------------------------------------------
 
-    def begin_step(self, progress: float) -> None:
-        """Freeze Decom-Net for the second half of a split run: without gradients AdamW leaves it
-        alone, decay included."""
+    def begin_step(self, progress: float, step: int = 0) -> None:
+        """Freeze Decom-Net for the second half of a split run.
+
+        Without gradients AdamW leaves it alone, decay included.
+        """
         self.frozen = self.config.training == "split" and progress >= 0.5
         self.decom.requires_grad_(not self.frozen)
 
@@ -272,8 +286,7 @@ class RetinexNet(ms.System):
         return terms
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """One optimizer of two groups, which is two optimizers: Adam keeps its averages by
-        parameter."""
+        """One optimizer of two groups, which act as two: Adam keeps its averages by parameter."""
         ratio = self.config.relight_lr / self.config.decom_lr
         groups = [
             {"params": self.decom.parameters()},
@@ -282,12 +295,14 @@ class RetinexNet(ms.System):
         return ms.adamw(groups, self.config)
 
     def learning_rate_at(self, progress: float, step: int) -> float:
-        """Decom-Net's rate, in steps that begin anew with each stage; Enhance-Net's is in
-        proportion."""
+        """Decom-Net's rate, in steps that begin anew with each stage.
+
+        Enhance-Net's is proportional to it.
+        """
         config = self.config
         done = 2 * progress - (progress >= 0.5) if config.training == "split" else progress
         return config.decom_lr * config.decay_factor ** int(done / config.decay_every)
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=RetinexNet, config_class=RetinexConfig))
+    sys.exit(ms.main(system=RetinexNet))

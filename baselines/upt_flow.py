@@ -1,9 +1,12 @@
 """UPT-Flow: a conditional flow guided by a transformer that is told where colour was lost.
 
 Xu et al., UPT-Flow: Multi-scale transformer-guided normalizing flow for low-light image
-enhancement, Pattern Recognition 2025. Run it as `python -m baselines.upt_flow --mode train --config
-baselines/upt_flow.json`; every other mode and flag is the script's. The defaults below are the
-published size; the JSON file is cut to two processor cores.
+enhancement, Pattern Recognition 2025.
+
+    python -m baselines.upt_flow --mode train --config baselines/upt_flow.json
+
+Every other mode and flag is the script's. The defaults below are the published size. The JSON file
+is cut to two processor cores.
 
     low -> unbalanced point map -> MSFormer(low, map) -> features at 1/2, 1/4, 1/8
     high <-> latent by a flow of three levels, conditioned on these features; prior N(0, I)
@@ -12,22 +15,23 @@ The prior has no mean of its own: the flow ends with affine maps whose shift and
 of the features, which is what a predicted mean and deviation would be. Enhancement decodes z = 0,
 as the published tests do.
 
-The public code cannot train and its reverse pass miscounts the log-determinant. Where it is silent,
-this file
-    makes the decoder 4, 4 and 2 base widths wide, with (global, local) heads (4, 8), (2, 4), (2,
-    2), and refines by the
-        global branch alone; the map's embedding is the map, repeated, after the features' own down-
-        and up-sampling;
-    halves the rate at four milestones; warm-up, clipped gradients, averaged weights and Adam's
-    betas are the script's.
+The public code cannot train, and its reverse pass miscounts the log-determinant.
+
+Where it is silent, this file's choice
+    - The decoder is 4, 4 and 2 base widths wide, with (global, local) heads (4, 8), (2, 4), (2, 2),
+      and refines by the global branch alone.
+    - The map's embedding is the map, repeated, after the features' own down- and up-sampling.
+    - The rate is halved at four milestones. Warm-up, clipped gradients, averaged weights and Adam's
+      betas are the script's.
 
 References
-    Zamir et al., Restormer, CVPR 2022: attention across channels, gated depthwise feed-forward
-    Liu et al., Swin Transformer, ICCV 2021: shifted windows with a relative position bias
-    Wang et al., Uformer, CVPR 2022: the locally enhanced feed-forward; Wang et al., ECA-Net, CVPR
-    2020: its attention Woo et al., CBAM, ECCV 2018: channel and spatial attention Wang et al.,
-    LLFlow, AAAI 2022: the flow's levels, the image in [0, 1] used as it is; Kingma & Dhariwal,
-    Glow, 2018
+    - Zamir et al., Restormer, CVPR 2022: attention across channels, gated depthwise feed-forward
+    - Liu et al., Swin Transformer, ICCV 2021: shifted windows with a relative position bias
+    - Wang et al., Uformer, CVPR 2022: the locally enhanced feed-forward
+    - Wang et al., ECA-Net, CVPR 2020: its attention
+    - Woo et al., CBAM, ECCV 2018: channel and spatial attention
+    - Wang et al., LLFlow, AAAI 2022: the flow's levels, the image in [0, 1] used as it is
+    - Kingma & Dhariwal, Glow, NeurIPS 2018: the steps of the flow
 """
 
 from __future__ import annotations
@@ -36,7 +40,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +47,7 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import equalise
-from support.processes import processes, sum_over_processes
+from support.processes import all_reduce, world_size
 from support.settings import UserError, knob
 
 
@@ -52,15 +55,6 @@ from support.settings import UserError, knob
 class UPTFlowConfig(ms.Config):
     """The script's keys with the published recipe's defaults, and this model's own."""
 
-    method: ClassVar[str] = "UPT-Flow"
-    program: ClassVar[str] = "-m baselines.upt_flow"
-    recipe: ClassVar[str] = "baselines/upt_flow.json"
-    unused: ClassVar[tuple[str, ...]] = (
-        "num_flow_blocks",
-        "thumbnail_size",
-        "global_dropout",
-        *ms.TILE_KEYS,
-    )
     checkpoint_dir: str = knob("checkpoints/upt_flow", "where weights go")
     encoder_width: int = knob(
         48, "channels of the encoder's first level, even", low=2, high=512, architecture=True
@@ -110,6 +104,7 @@ class UPTFlowConfig(ms.Config):
 
     def __post_init__(self) -> None:
         """A rule that no single key can state."""
+        super().__post_init__()
         if self.encoder_width % 2:
             raise UserError(f"encoder_width must be even, got {self.encoder_width}")
 
@@ -118,11 +113,10 @@ class UPTFlowConfig(ms.Config):
 
 
 def balance_map(low: Tensor, threshold: float = 0.1) -> Tensor:
-    """(B, 1, H, W) of `low` (B, 3, H, W) in [0, 1]: 1 where each of R, G, B has more than
-    `threshold` of their sum, else 0.
+    """(B, 1, H, W) of `low` (B, 3, H, W) in [0, 1].
 
-    The zeros are the paper's unbalanced points: a channel has fallen to nothing there, and colour
-    is lost.
+    1 where each of R, G, B has more than `threshold` of their sum, else 0. The zeros are the
+    paper's unbalanced points: a channel has fallen to nothing there, and colour is lost.
     """
     share = low / (low.sum(1, keepdim=True) + 1e-4)
     return (share > threshold).all(1, keepdim=True).to(low.dtype)
@@ -144,8 +138,10 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class TransposedAttention(nn.Module):
-    """Attention of channels to channels, (B, C, H, W) to the same: linear in the pixels. Restormer,
-    eq. 1."""
+    """Attention of channels to channels, (B, C, H, W) to the same: linear in the pixels.
+
+    Restormer, eq. 1.
+    """
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -165,8 +161,10 @@ class TransposedAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """gelu(a) b of two depthwise-convolved expansions, (B, C, H, W) to the same. Restormer, eq.
-    2."""
+    """gelu(a) b of two depthwise-convolved expansions, (B, C, H, W) to the same.
+
+    Restormer, eq. 2.
+    """
 
     def __init__(self, channels: int, expansion: float = 2.66) -> None:
         super().__init__()
@@ -182,8 +180,7 @@ class GatedFeedForward(nn.Module):
 
 
 class GlobalBlock(nn.Module):
-    """Restormer's block, (B, C, H, W) to the same: what every pixel can learn from all of the
-    picture."""
+    """Restormer's block, (B, C, H, W) to the same: what a pixel learns from the whole picture."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -196,13 +193,12 @@ class GlobalBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows: what to look at follows from the map's embedding, what is found
-    there is the features'.
+    """Attention within windows: the map says where to look, the features what is found there.
 
     features and embedding (B, C, H, W) -> (B, C, H, W). A window starts at pixel `shift`, others
-    around it; what hangs over the rims is masked, which is Swin's cyclic shift with its mask. The
-    paper's depthwise projections are taken of the picture rather than window by window, so that no
-    window's rim shows in them.
+    lie around it. What hangs over the rims is masked, which is Swin's cyclic shift with its mask.
+    The paper's depthwise projections are taken of the picture rather than window by window, so that
+    no window's rim shows in them.
     """
 
     relative: Tensor
@@ -252,7 +248,9 @@ class WindowAttention(nn.Module):
 
 class ChannelGate(nn.Module):
     """x times a weight in [0, 1] per channel, from the averages of it and its two neighbours.
-    ECA-Net, eq. 5."""
+
+    ECA-Net, eq. 5.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,8 +261,10 @@ class ChannelGate(nn.Module):
 
 
 class LocalBlock(nn.Module):
-    """Window attention and a depthwise feed-forward with channel attention, each residual: (B, C,
-    H, W) to the same."""
+    """Window attention and a depthwise feed-forward with channel attention, each residual.
+
+    (B, C, H, W) to the same.
+    """
 
     def __init__(
         self, channels: int, heads: int, window: int, shift: int, expansion: int = 4
@@ -286,8 +286,10 @@ class LocalBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """One level: the global and the local branch side by side, added. features, embedding (B, C, H,
-    W) -> (B, C, H, W)."""
+    """One level: the global and the local branch side by side, added.
+
+    features, embedding (B, C, H, W) -> (B, C, H, W)
+    """
 
     def __init__(
         self, channels: int, global_heads: int, local_heads: int, config: UPTFlowConfig
@@ -308,12 +310,11 @@ class Stage(nn.Module):
 
 
 class MSFormer(nn.Module):
-    """Condition encoder: pixels (B, inputs, H, W) and balance map (B, 1, H, W), sides multiples of
-    8 -> features.
+    """Condition encoder: pixels (B, inputs, H, W) and balance map (B, 1, H, W) -> features.
 
-    Three of them, (B, 6 width, H/2, W/2), at 1/4 and at 1/8: a level's own 4 width and 2 width of
-    the refined full size. The map goes down and up through the very convolutions that the features
-    go through.
+    Sides are multiples of 8. There are three features, (B, 6 width, H/2, W/2), at 1/4 and at 1/8: a
+    level's own 4 width and 2 width of the refined full size. The map goes down and up through the
+    same convolutions as the features.
     """
 
     def __init__(self, inputs: int, config: UPTFlowConfig) -> None:
@@ -373,11 +374,10 @@ SCALE_FLOOR = 3e-4
 
 
 class ActNorm(nn.Module):
-    """y = exp(s) (x + t) per channel, which the first training batch sets to mean 0 and variance 1.
-    Glow, section 3.1.
+    """y = exp(s) (x + t) per channel, set by the first training batch to mean 0 and variance 1.
 
-    `initialised` is a buffer: checkpoints and the averaged weights keep it, so that no resumed run
-    sets them anew.
+    Glow, section 3.1. `initialised` is a buffer: checkpoints and the averaged weights keep it, so
+    that no resumed run sets them anew.
     """
 
     initialised: Tensor
@@ -390,12 +390,12 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Take shift and scale from a batch (B, C, H, W); a channel that hardly varies is not blown
-        up beyond 1000."""
-        mean = sum_over_processes(x.mean((0, 2, 3), keepdim=True)[0]) / processes()
-        variance = (
-            sum_over_processes(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / processes()
-        )
+        """Take shift and scale from a batch (B, C, H, W).
+
+        A channel that hardly varies is scaled up by at most 1000.
+        """
+        mean = all_reduce(x.mean((0, 2, 3), keepdim=True)[0]) / world_size()
+        variance = all_reduce(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / world_size()
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp(min=1e-6).log())
         self.initialised.fill_(True)
@@ -414,8 +414,10 @@ class ActNorm(nn.Module):
 
 
 class CBAM(nn.Module):
-    """x + x gated by channel and then by position, (B, C, H, W) to the same. CBAM, eq. 2 and 3,
-    with a residual."""
+    """x + x gated by channel and then by position, (B, C, H, W) to the same.
+
+    CBAM, eq. 2 and 3, with a residual.
+    """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -433,11 +435,10 @@ class CBAM(nn.Module):
 
 
 class ConditionalAffine(nn.Module):
-    """y = (x + shift) scale, both of net(condition), scale = sigmoid(s + 2) + 3e-4: actnorm and 1x1
-    convolution expand.
+    """y = (x + shift) scale, both of net(condition), with scale = sigmoid(s + 2) + 3e-4.
 
-    x (B, C, H, W), condition (B, inputs, H, W). The net has the public code's kernels, 1, 3 and 1,
-    and starts at zero.
+    Actnorm and 1x1 convolution expand. x (B, C, H, W), condition (B, inputs, H, W). The net has the
+    public code's kernels, 1, 3 and 1, and starts at zero.
     """
 
     def __init__(self, channels: int, inputs: int, hidden: int) -> None:
@@ -462,10 +463,9 @@ class ConditionalAffine(nn.Module):
 
 
 class CrossCoupling(ConditionalAffine):
-    """One half, with the features, moves the other; then they change places: two in a row move all
-    by one another.
+    """One half, with the features, moves the other; then they change places.
 
-    x (B, C, H, W), condition (B, inputs, H, W).
+    Two in a row move every channel. x (B, C, H, W), condition (B, inputs, H, W).
     """
 
     def __init__(self, channels: int, inputs: int, hidden: int) -> None:
@@ -483,8 +483,7 @@ class CrossCoupling(ConditionalAffine):
 
 
 class CrossFlow(ms.Flow):
-    """picture (B, 3, H, W) <-> latent (B, 192, H/8, W/8), conditioned on features at 1/2, 1/4 and
-    1/8.
+    """picture (B, 3, H, W) <-> latent (B, 192, H/8, W/8), given features at 1/2, 1/4 and 1/8.
 
     Of the script's flow it takes the fold over `layers`, each with the condition of its level, and
     no layer.
@@ -510,19 +509,26 @@ MILESTONES = (0.4, 0.6, 0.8, 0.9)
 
 
 def whole_blocks(image: Tensor) -> Tensor:
-    """(B, C, H, W) cut at its right and bottom to sides that 8 divides: what is padded would count
-    in a likelihood."""
+    """(B, C, H, W) cut at its right and bottom to sides that 8 divides.
+
+    Padding would count in a likelihood.
+    """
     return image[..., : image.shape[-2] // 8 * 8, : image.shape[-1] // 8 * 8]
 
 
 class UPTFlow(ms.System):
-    """p(high | low) by a flow on dequantised pixels in [0, 1], as in LLFlow without a logit map;
-    its prior is N(0, I).
+    """p(high | low) by a flow on dequantised pixels in [0, 1]; its prior is N(0, I).
 
-    23.81 M parameters at the published size, where the paper counts 23.45 M: the script's 1x1
-    convolution keeps its two triangles in two full matrices, 0.39 M more than one.
+    As in LLFlow there is no logit map. 23.81 M parameters at the published size, where the paper
+    counts 23.45 M: the script's 1x1 convolution keeps its two triangles in two full matrices, 0.39
+    M more than one.
     """
 
+    config_class = UPTFlowConfig
+    method = "UPT-Flow"
+    program = "-m baselines.upt_flow"
+    recipe = "baselines/upt_flow.json"
+    unused = ("num_flow_blocks", "thumbnail_size", "global_dropout", *ms.TILE_KEYS)
     config: UPTFlowConfig
 
     def __init__(self, config: UPTFlowConfig) -> None:
@@ -531,8 +537,10 @@ class UPTFlow(ms.System):
         self.flow = CrossFlow(config.flow_steps, config.flow_channels, 6 * config.encoder_width)
 
     def learning_rate_at(self, progress: float, step: int) -> float:
-        """Linear warm-up over warmup_steps; halved at 40, 60, 80 and 90 % of the run (`progress` in
-        [0, 1])."""
+        """Linear warm-up over warmup_steps; halved at 40, 60, 80 and 90 % of the run.
+
+        `progress` is in [0, 1].
+        """
         warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
         return (
             self.config.learning_rate
@@ -551,13 +559,12 @@ class UPTFlow(ms.System):
         latent, log_det = self.flow(ms.dequantise(high, torch.rand_like(high[:1])), features)
         zero = latent.new_zeros(())
         return (
-            ms.bits_per_dim(ms.gaussian_log_prob(latent, zero, zero) + log_det, high[0].numel()),
+            ms.to_bits_per_dim(ms.gaussian_log_prob(latent, zero, zero) + log_det, high[0].numel()),
             latent,
         )
 
     def losses(self, batch: ms.Sample) -> dict[str, Tensor]:
-        """Named, weighted terms of the training loss, scalars; terms of weight 0 are not
-        computed."""
+        """Named, weighted terms of the training loss, scalars; terms of weight 0 are left out."""
         config, low, high = self.config, whole_blocks(batch.low), whole_blocks(batch.high)
         features, terms = self.condition(low), {}
         if config.nll_weight:
@@ -573,19 +580,25 @@ class UPTFlow(ms.System):
         return terms
 
     def latent(self, image: Tensor, temperature: float = 0.0) -> Tensor:
-        """(B, 192, H/8, W/8) for pictures like `image`: the prior's mean 0, or a draw of deviation
-        `temperature`."""
+        """(B, 192, H/8, W/8) for pictures like `image`.
+
+        The prior's mean 0, or a draw of deviation `temperature`.
+        """
         zeros = image.new_zeros(len(image), 192, image.shape[-2] // 8, image.shape[-1] // 8)
         return temperature * torch.randn_like(zeros) if temperature else zeros
 
-    def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-        """(bits per dimension (B,), latent) of `high` given `low`, (B, 3, H, W) in [0, 1]; sides
-        cut to multiples of 8."""
+    def bits_per_dim(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """(bits per dimension (B,), latent) of `high` given `low`, (B, 3, H, W) in [0, 1].
+
+        Sides are cut to multiples of 8.
+        """
         return self.bits(whole_blocks(high), self.condition(whole_blocks(low)))
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16; above
-        `temperature` 0 they vary."""
+        """Enhanced pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16.
+
+        Above `temperature` 0 they vary.
+        """
         padded = ms.pad_to_multiple(low, 8)
         y, _ = self.flow.inverse(self.latent(padded, temperature), self.condition(padded))
         return ms.requantise(y)[..., : low.shape[-2], : low.shape[-1]]
@@ -596,4 +609,4 @@ class UPTFlow(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=UPTFlow, config_class=UPTFlowConfig))
+    sys.exit(ms.main(system=UPTFlow))

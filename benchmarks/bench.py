@@ -1,22 +1,23 @@
 """Every speed in one run: `make bench`, or
 
-    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] [--checkpoint FILE]
-    [--results FOLDER]
+    python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] \\
+        [--checkpoint FILE] [--results FOLDER]
 
-training     images a second of the published recipe (128x128), of the release recipe and of each
-baseline's recipe, and of
-             the stand-in with the published layer sizes (train_speed.py) on pictures of equal size;
-             by turns, medians; the release recipe also under torch.compile, and in torch's own
-             memory layout in place of channels_last
+training     images a second, medians, by turns: of the published recipe (128x128), of the release
+             recipe, of each baseline's recipe, and of the stand-in with the published layer sizes
+             (train_speed.py), on pictures of equal size; the release recipe also under
+             torch.compile, and in torch's own memory layout in place of channels_last
 enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with
-random weights sizes        seconds that --mode enhance prints (start-up left out) and peak memory
-of its process, 0.1 to 24 megapixels scaling      training images a second of torchrun with 1 and 2
-processes of one thread each, same total batch roofline     counted floating point operations a
-second of the release recipe, as a share of what large matrix products reach
-             here; by turns with the training
+             random weights
+sizes        seconds that --mode enhance prints (start-up left out) and the peak memory of its
+             process, 0.1 to 24 megapixels
+scaling      training images a second of torchrun with 1 and 2 processes of one thread each, with
+             the same total batch
+roofline     counted floating point operations a second of the release recipe, as a share of what
+             large matrix products reach here; by turns with the training
 
-Writes results/bench_*/: bench.csv, after every part, then bench.md and bench.png. On a machine with
-a GPU training, enhancement and roofline run on it; CUDA_VISIBLE_DEVICES= keeps them on the
+Writes results/bench_*/: bench.csv after every part, then bench.md and bench.png. On a machine with
+a GPU, training, enhancement and roofline run on it. CUDA_VISIBLE_DEVICES= keeps them on the
 processor.
 """
 
@@ -42,7 +43,7 @@ from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
 sys.path.insert(0, str(ROOT))
 from support import files
 
-RELEASE = "release_train_config.json"
+RELEASE = "configs/november_stage3.json"
 RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
 COMPILED, PLAIN = "torch.compile", "contiguous layout"
 SMALL = 128  # side of the published protocol's pictures
@@ -94,7 +95,7 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
         settings |= dict(
             log_dir=folder / "logs", batch_size=4, max_minutes=5 * seconds / 60, num_epochs=10_000
         )
-        settings |= dict(val_freq=10_000, save_freq=10_000)
+        settings |= dict(val_freq=10_000, save_freq=10_000, init_from="")
         launch = [
             sys.executable,
             "-m",
@@ -139,8 +140,10 @@ def compiles() -> bool:
 
 
 def waiter(device: str) -> Callable[[], object]:
-    """What returns when the device has done all that it was given; a GPU's work is only launched
-    when a call returns."""
+    """What returns when the device has done all that it was given.
+
+    A GPU's work is only launched when a call returns.
+    """
     import torch
 
     waits: dict[str, Callable[[], object]] = {
@@ -153,8 +156,10 @@ def waiter(device: str) -> Callable[[], object]:
 def by_turns(
     works: dict[str, Callable[[], object]], rounds: int, seconds: float, wait: Callable[[], object]
 ) -> dict[str, float]:
-    """Median seconds of one call of each and the `wait` after it, measured alternately; the first
-    round warms up."""
+    """Median seconds of one call of each and the `wait` after it, measured by turns.
+
+    The first round warms up.
+    """
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
@@ -169,8 +174,10 @@ def by_turns(
 
 
 def make_trainers(device: str, folder: Path) -> dict[str, Any]:
-    """A Trainer by label: each system's own recipe on small pictures, and the variants of the
-    release recipe."""
+    """A Trainer by label: each system's recipe, and variants of the release recipe.
+
+    All on small pictures of noise.
+    """
     import torch
     from train_speed import trainer_on_noise
 
@@ -204,8 +211,10 @@ def make_trainers(device: str, folder: Path) -> dict[str, Any]:
 
 
 def training(trainers: dict[str, Any], device: str, rounds: int, seconds: float) -> list[Row]:
-    """Images a second of every trainer and of the stand-in, and the roofline: all by turns, so that
-    noise falls on all."""
+    """Images a second of every trainer and of the stand-in, and the roofline.
+
+    All by turns, so that noise falls on all.
+    """
     import torch
     from train_speed import StandIn, first_batch, stand_in_step
 
@@ -242,8 +251,10 @@ def training(trainers: dict[str, Any], device: str, rounds: int, seconds: float)
 
 
 def matrix_products(device: str, used: Any) -> dict[str, tuple[Callable[[], object], float]]:
-    """By name, that of the precision `used` first: a product of two large matrices, and its
-    GFLOP."""
+    """By name, a product of two large matrices and its GFLOP.
+
+    That of the precision `used` comes first.
+    """
     import torch
 
     side = 2048 if device == "cpu" else 8192  # as large as it takes to keep all units at work
@@ -256,8 +267,10 @@ def matrix_products(device: str, used: Any) -> dict[str, tuple[Callable[[], obje
 
 
 def roofline(step: Callable[[], object], seconds: float, rates: dict[str, float]) -> list[Row]:
-    """How near a training step that takes `seconds` comes to the first of the `rates`, in GFLOP a
-    second."""
+    """How near a training step that takes `seconds` comes to the first of the `rates`.
+
+    In GFLOP a second.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -290,9 +303,8 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None].to(device)
-    model, config, runtime, _ = ms.load_model(
-        checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config
-    )
+    loaded = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow)
+    model, use, runtime = loaded[:3]
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:
@@ -302,7 +314,7 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
         return one
 
     works: dict[str, Callable[[], object]] = {
-        "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, config, runtime),
+        "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, use, runtime),
         "stand-in": passes(StandIn().to(device).enhance),
     }
     if compiles():
@@ -322,10 +334,9 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     yield sizes(arguments.checkpoint, arguments.largest, folder)
     yield scaling(folder, arguments.seconds)
 
-    import model_script as ms
     from support.runtime import choose_runtime
 
-    device = choose_runtime(ms.Config()).device.type
+    device = choose_runtime("auto", mixed=False).device.type
     trainers = make_trainers(device, folder)
     yield training(trainers, device, arguments.rounds, arguments.seconds)
     yield enhancement(trainers, arguments.checkpoint, device, arguments.rounds)
@@ -365,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of one turn")
     parser.add_argument("--largest", type=float, default=24, help="megapixels")

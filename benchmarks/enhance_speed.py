@@ -1,17 +1,15 @@
-"""What enhancement costs: seconds and memory from 0.1 to 24 megapixels, a folder run, the start,
-the published layer sizes.
+"""What enhancement costs in seconds and memory.
 
-    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] [--set
-    KEY=VALUE ...]
+    python benchmarks/enhance_speed.py [--checkpoint FILE] [--largest 24] [--rounds 5] \\
+        [--set KEY=VALUE ...]
 
-megapixels   one process of the real command line for each size: the seconds it prints (reading,
-enhancing, writing a
-             PNG) and its peak resident memory
+megapixels   one process of the real command line for each size, 0.1 to 24 megapixels: the seconds
+             it prints (reading, enhancing, writing a PNG) and its peak resident memory
 folder       median seconds a picture over a folder of 600x400 pictures, from its enhance.csv, the
-first left out start        seconds of a whole process that enhances one 600x400 picture stand-in
-the deterministic pass of a model with the published layer sizes (see train_speed.py) at 600x400, by
-turns
-             with ours in one process, so that other load falls on both
+             first left out
+start        seconds of a whole process that enhances one 600x400 picture
+stand-in     the deterministic pass of a model with the published layer sizes (see train_speed.py)
+             at 600x400, by turns with ours in one process, so that other load falls on both
 
 Pictures are generated: smooth colours, dark, with noise. Needs a POSIX system.
 """
@@ -101,9 +99,10 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
 
     import model_script as ms
     from support.pictures import to_tensor
+    from support.settings import read_all
 
-    settings = dict(ms.parse_assignment(text, ms.Config) for text in assignments)
-    model, config, runtime, _ = ms.load_model(checkpoint, settings, ms.ConditionalFlow, ms.Config)
+    given = read_all((ms.Config, ms.Use), None, assignments, ())
+    model, use, runtime = ms.load_model(checkpoint, given, ms.ConditionalFlow)[:3]
     stand_in = StandIn().eval()
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None]
@@ -116,7 +115,7 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
 
     ours, theirs = [], []
     for turn in range(rounds + 1):
-        ours.append(timed(lambda: ms.enhance_pixels(model, pixels, config, runtime)))
+        ours.append(timed(lambda: ms.enhance_pixels(model, pixels, use, runtime)))
         theirs.append(timed(lambda: stand_in.enhance(low)))
         if turn:  # the first warms both up
             print(
@@ -135,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--largest", type=float, default=24, help="megapixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

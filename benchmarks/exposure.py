@@ -1,16 +1,15 @@
-"""Which exposure control is the better one? Three ways to bring a result to the target's mean
-brightness.
+"""Which exposure control is best? Three ways to bring a result to the target's mean brightness.
 
-    python benchmarks/exposure.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...]
+    python benchmarks/exposure.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...]
 
 none     the model's own brightness
 gain     values multiplied, as the literature's GT-mean does
 light    gain in linear light, what `--set exposure` and `--set reference` apply
 model    the prior mean shifted by one number in the flow's space before decoding
 
-Each is set, picture by picture, to the target's mean: help from the ground truth, for comparison
-only.
+Each is set, picture by picture, to the target's mean. That is help from the ground truth, for
+comparison only.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from support.pictures import exposed, stops_to_mean
 
 @torch.no_grad()
 def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
-    """Decoded from the prior mean plus the shift at which the picture has the mean brightness
-    `mean`, by bisection."""
-    height, width = low.shape[:2]
+    """Decoded from the prior mean plus the shift that gives the picture the mean brightness `mean`.
+
+    The shift is found by bisection.
+    """
     with bench.runtime.autocast():
-        condition = bench.model._condition_whole(batch(low, bench))
+        condition = bench.model(low).condition(batch(low, bench))
         down, up = -4.0, 4.0
         for _ in range(12):
             shift = (down + up) / 2
-            picture = bench.model.decode(condition.prior_mean + shift, condition)[
-                0, :, :height, :width
-            ].float()
+            shifted = condition._replace(prior_mean=condition.prior_mean + shift)
+            picture = bench.model(low).decode(shifted)[0].float()
             down, up = (shift, up) if float(picture.mean()) < mean else (down, shift)
     return picture.permute(1, 2, 0).double().cpu().numpy()
 

@@ -1,19 +1,20 @@
-"""What the command line costs: memory, seconds an enhancement takes, and seconds until it says
-something.
+"""What the command line costs: memory, seconds of an enhancement, seconds until it says something.
 
     python benchmarks/footprint.py [--pairs 236] [--minutes 0.3] [--checkpoint FILE] [--repeats 5]
 
 Every number is of a process of the real command line, on generated 600x400 pairs in a temporary
-folder: training     peak resident memory of the published recipe (cpu_train_config.json), stopped
-after --minutes enhancement  the seconds that it prints itself, and its peak resident memory, for
-one 600x400 picture; without
-             --checkpoint the weights that the training above left behind are used (flow_channels
-             96, 2 blocks)
-start-up     seconds from process start to the first byte on a terminal and in a pipe, where output
-is held back
+folder.
+
+training     peak resident memory of the published recipe (cpu_train_config.json), stopped after
+             --minutes
+enhancement  the seconds that it prints itself, and its peak resident memory, for one 600x400
+             picture; without --checkpoint by the weights that the training above left behind
+             (flow_channels 96, 2 blocks)
+start-up     seconds from process start to the first byte, on a terminal and in a pipe, where output
+             is held back
 
 Memory is ru_maxrss of that process alone. A child counts its parent's memory at birth, so this
-script keeps small and imports no torch. Needs a POSIX system.
+script stays small and imports no torch. Needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ class Finished(NamedTuple):
 
 
 def write_pairs(folder: Path, count: int) -> None:
-    """Smooth pictures without noise, each its own scene: a coarse random grid, and the same a
-    twelfth as bright."""
+    """Smooth pictures without noise, each its own scene.
+
+    The target is a coarse random grid; `low` is the same, a twelfth as bright.
+    """
     rng = np.random.default_rng(0)
     for kind in ("low", "high"):
         (folder / kind).mkdir()
@@ -65,8 +68,10 @@ def write_pairs(folder: Path, count: int) -> None:
 
 
 def run(arguments: Sequence[str]) -> Finished:
-    """Run the command line to its end in a process of its own; wait4 tells that process's memory
-    from all others'."""
+    """Run the command line to its end in a process of its own.
+
+    wait4 tells that process's memory from all others'.
+    """
     with tempfile.TemporaryFile("w+") as stream:
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *arguments], stdout=stream, stderr=subprocess.STDOUT
@@ -81,8 +86,7 @@ def run(arguments: Sequence[str]) -> Finished:
 
 
 def first_byte(arguments: Sequence[str], terminal: bool) -> tuple[float, str]:
-    """(seconds, beginning of the text) until the process says anything; it is stopped right
-    after."""
+    """(seconds, beginning of the text) until the process says anything; then it is stopped."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:  # a new one has no columns, in which no progress bar shows
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

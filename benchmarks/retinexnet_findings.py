@@ -1,18 +1,23 @@
-"""Two findings of a student project on RetinexNet, put to the test: white images from joint
-training, noise in plain zones.
+"""Two findings of a student project on RetinexNet: white images, and noise in plain zones.
 
-    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] [--only VARIANT
-    ...] [--set KEY=VALUE ...]
+    python benchmarks/retinexnet_findings.py [--minutes 10] [--weights VARIANT=FILE] \\
+        [--only VARIANT ...] [--set KEY=VALUE ...]
 
-Trains each variant for --minutes by baselines/retinexnet.json, and prints means over the evaluation
-pairs: psnr, ssim         of the enhanced picture at 128x128 best light         PSNR with the best
-illumination there is for that reflectance, by least squares at each pixel, in place of
-                   Enhance-Net's: what is missing then is the reflectance's colour
-relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98: "white
-images" would be near 1 white              share of the enhanced pixels whose three channels all
-exceed 0.9; the target's share stands beside it plain noise        deviation of what a Gaussian of 2
-pixels removes, over the flattest fifth of the target, at the pictures'
-                   own size, over the target's own
+The first is said to come from joint training, the second from resizing in place of transposed
+convolutions. Trains each variant for --minutes by baselines/retinexnet.json, and prints means over
+the evaluation pairs:
+
+psnr, ssim         of the enhanced picture at 128x128
+best light         PSNR with the best illumination there is for that reflectance, by least squares
+                   at each pixel, in place of Enhance-Net's; what is missing then is the
+                   reflectance's colour
+relit, its white   mean of the new illumination, clamped to 1, and the share of it from 0.98; "white
+                   images" would be near 1
+white              share of the enhanced pixels whose three channels all exceed 0.9; the target's
+                   share stands beside it
+plain noise        deviation of what a Gaussian of 2 pixels removes, over the flattest fifth of the
+                   target, at the pictures' own size, divided by the target's own
+
 Writes results/retinexnet_findings_*/: findings.csv, a strip input | reflectance | relit | enhanced
 | target of every tenth scene and variant, and the trained weights.
 """
@@ -28,10 +33,10 @@ from compare import Task, markdown, read_command_line, train
 from scipy.ndimage import gaussian_filter
 
 import model_script as ms
-from baselines import classes
+from baselines import system_class
 from support.files import results_folder, write_csv
 from support.metrics import image_metrics, psnr_of
-from support.pictures import to_tensor, write_image
+from support.pictures import resize, to_tensor, write_image
 from support.settings import UserError, complain
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,7 +69,7 @@ def findings(
     model: ms.System, low: torch.Tensor, high: torch.Tensor
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """(The figures of one pair (1, 3, H, W), the pictures of its strip.)"""
-    small_low, small_high = (ms.resize(image, (128, 128), quantise=True) for image in (low, high))
+    small_low, small_high = (resize(image, (128, 128), quantise=True) for image in (low, high))
     maps, enhanced = model.pictures(low), model.enhance(low)
     ours, target = (image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, high))
     pictures = [
@@ -92,18 +97,16 @@ def findings(
 @torch.no_grad()
 def measure(task: Task) -> None:
     """Train or load each variant, measure, write."""
-    base, weights = task.base, task.weights
-    store = ms.PairStore(ms.evaluation_pairs(base), base)
-    folder = results_folder(base.results_dir, "retinexnet_findings")
+    weights, store = task.weights, task.store()
+    folder = results_folder(task.use.results_dir, "retinexnet_findings")
     table = []
     for name in task.only:
         plain = name.replace(", ", "_")
         if name not in weights:
             with torch.enable_grad():
                 weights[name] = train("RetinexNet", task, folder / plain, VARIANTS[name])
-        model, *_ = ms.load_model(
-            str(weights[name]), {**VARIANTS[name], "device": "cpu"}, *classes("RetinexNet")
-        )
+        given = VARIANTS[name] | {"device": "cpu"}
+        model = ms.load_model(str(weights[name]), given, system_class("RetinexNet")).model
         rows = []
         for index in range(len(store)):
             low, high = (to_tensor(pixels)[None] for pixels in store[index])

@@ -1,15 +1,17 @@
-"""Whether a long training's memory grows: resident memory of a real run, sampled every half minute.
+"""Does a long training's memory grow? Resident memory of a real run, sampled every half minute.
 
-    python benchmarks/soak.py [--minutes 120] [--config release_train_config.json] [--pairs 236]
-    [--set KEY=VALUE ...]
+    python benchmarks/soak.py [--minutes 120] [--config configs/november_stage3.json] \\
+        [--pairs 236] [--set KEY=VALUE ...]
 
-Without --set train_low_dir=... it trains on generated 600x400 pairs, without --set
-checkpoint_dir=... into a folder that it removes; with both it is a training like any other,
-watched. Its folder of weights must not hold a best_model.pth, whose appearance tells that the first
-validation is over. Prints the median over the first tenth of the samples from then on and over the
-last tenth, and the growth between them; the exit status is 1 where that is 2 % or more. That the
-cache of decoded pictures holds cache_megabytes is not to be seen from outside: tests/test_data.py
-counts what it holds. Needs a POSIX system with `ps`.
+Without --set train_low_dir=... it trains on generated 600x400 pairs. Without --set
+checkpoint_dir=... it trains into a folder that it removes. With both it is a training like any
+other, watched. Its folder of weights must not hold a best_model.pth: the appearance of that file
+tells that the first validation is over.
+
+Prints the median over the first tenth of the samples from then on, the median over the last tenth,
+and the growth between them. The exit status is 1 where the growth is 2 % or more. Whether the cache
+of decoded pictures holds cache_megabytes cannot be seen from outside: tests/test_data.py counts
+what it holds. Needs a POSIX system with `ps`.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ def resident_megabytes(process: int) -> float:
 
 
 def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
-    """Run `command` to its end; its resident memory in MiB every `every` seconds from when the file
-    `best` is there."""
+    """Run `command` to its end.
+
+    Returns its resident memory in MiB every `every` seconds from when the file `best` is there.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     samples: list[float] = []
     while process.poll() is None:
@@ -49,8 +53,7 @@ def watch(command: Sequence[str], best: Path, every: float) -> list[float]:
 
 
 def judge(samples: Sequence[float]) -> None:
-    """Print the growth; exit with status 1 where it is too large, or where the samples cannot
-    tell."""
+    """Print the growth; exit with status 1 where it is too large or the samples cannot tell."""
     if len(samples) < 20:
         sys.exit(f"{len(samples)} samples: too few to tell; raise --minutes")
     tenth = len(samples) // 10
@@ -72,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--config", default=str(ROOT / "release_train_config.json"))
+    parser.add_argument("--config", default=str(ROOT / "configs" / "november_stage3.json"))
     parser.add_argument("--pairs", type=int, default=236, help="generated pairs")
     parser.add_argument("--every", type=float, default=30, help="seconds between samples")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -90,7 +93,7 @@ def main() -> None:
         settings = dict(
             max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1
         )
-        settings |= dict(checkpoint_dir=best.parent, log_dir=folder / "logs")
+        settings |= dict(checkpoint_dir=best.parent, log_dir=folder / "logs", init_from="")
         if "train_low_dir" not in given:
             write_pairs(folder, arguments.pairs)
             settings |= dict(train_low_dir=folder / "low", train_high_dir=folder / "high")

@@ -1,24 +1,21 @@
-"""Training speed of the published CPU recipe: our model against one with the published model's
-layer sizes.
+"""Training speed of the published CPU recipe: our model against the published layer sizes.
 
     python benchmarks/train_speed.py [--rounds 5] [--size 128]
 
 ours      the real Trainer, built from cpu_train_config.json and stepped by its own _train_step:
-ConditionalFlow with all
-          its losses, AdamW, gradient clip, averaged weights, channels last.
+          ConditionalFlow with all its losses, AdamW, gradient clip, averaged weights, channels last
 stand-in  a model for timing only, written from the published layer sizes; it was never trained and
-its values mean
-          nothing. Encoder 3-64-128-96, prior mean 96-96, projections 3-96 and 96-3, two affine
-          couplings on 96 channels at full resolution; negative log-likelihood + L1 + 64-bin soft
-          histograms of all pixels; Adam, gradient clip.
+          its values mean nothing. Encoder 3-64-128-96, prior mean 96-96, projections 3-96 and 96-3,
+          two affine couplings on 96 channels at full resolution; negative log-likelihood + L1 +
+          64-bin soft histograms of all pixels; Adam, gradient clip
 
 Both take the same picture, in memory, in fp32 and by turns in one process, so that other load on
-the machine falls on both; medians over the rounds are printed. Data loading and validation are left
-out. The stand-in keeps PyTorch's default memory layout, as the published code does;
---stand-in-channels-last grants it ours, which tells layout from layers.
+the machine falls on both. Medians over the rounds are printed. Data loading and validation are left
+out. The stand-in keeps PyTorch's default memory layout, as the published code does.
+--stand-in-channels-last gives it ours, which tells layout from layers.
 
-On a machine that others use, run it under OMP_WAIT_POLICY=PASSIVE: by default OpenMP's threads spin
-while they wait for one that has lost its core, which can cost a model of many small layers (ours)
+On a machine that others use, run it under OMP_WAIT_POLICY=PASSIVE. By default OpenMP's threads spin
+while they wait for one that has lost its core. That can cost a model of many small layers (ours)
 nine tenths of its speed.
 """
 
@@ -46,7 +43,8 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from baselines import classes  # noqa: E402
+from baselines import system_class  # noqa: E402
+from support import settings  # noqa: E402
 
 CHANNELS, BINS = 96, 64
 
@@ -57,8 +55,10 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class StandInCoupling(nn.Module):
-    """Affine coupling at full resolution: 48 kept channels and 96 of the condition give scale and
-    shift of the other 48."""
+    """Affine coupling at full resolution.
+
+    48 kept channels and 96 of the condition give scale and shift of the other 48.
+    """
 
     def __init__(self, flip: bool) -> None:
         super().__init__()
@@ -142,8 +142,10 @@ def trainer_on_noise(
     system: str = "ConditionalFlow",
     **changes: Any,
 ) -> model_script.Trainer:
-    """The real Trainer on eight pictures of noise (height, width): an update costs the same
-    whatever it sees."""
+    """The real Trainer on eight pictures of noise (height, width).
+
+    An update costs the same whatever it sees.
+    """
     rng = np.random.default_rng(0)
     for part in ("low", "high"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -151,16 +153,13 @@ def trainer_on_noise(
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
                 folder / part / f"{name}.png"
             )
-    model_class, config_class = classes(system)
-    settings = model_script.read_config_file(str(ROOT / recipe)) | changes
-    settings |= {
-        "train_low_dir": str(folder / "low"),
-        "train_high_dir": str(folder / "high"),
-        "num_epochs": 10_000,
-    }
-    return model_script.Trainer(
-        model_script.apply_settings(config_class(), settings, "benchmark"), model_class
-    )
+    kind = system_class(system)
+    kinds = (kind.config_class, model_script.Use)
+    given = settings.read_all(kinds, str(ROOT / recipe), [], kind.unused) | changes
+    given |= dict(train_low_dir=str(folder / "low"), train_high_dir=str(folder / "high"))
+    given |= dict(num_epochs=10_000, init_from="", checkpoint_dir=str(folder / "weights"))
+    config, use = (settings.build(each, given, "benchmark") for each in kinds)
+    return model_script.Trainer(config, use, kind)
 
 
 def first_batch(trainer: model_script.Trainer) -> model_script.Sample:

@@ -1,10 +1,10 @@
 """Does the uncertainty map mean something? Its rank correlation with the error that was made.
 
-    python benchmarks/uncertainty.py [--checkpoint FILE] [--set eval_low_dir=... --set
-    eval_high_dir=...] [--set samples=16]
+    python benchmarks/uncertainty.py [--checkpoint FILE] \\
+        [--set eval_low_dir=... --set eval_high_dir=...] [--set samples=16]
 
-For every evaluation pair: Spearman correlation over pixels of the deviation over samples and the
-absolute error of the best answer, both blurred by a Gaussian of 8 pixels. Needs SciPy, which
+For every evaluation pair: Spearman correlation over pixels between the deviation over samples and
+the absolute error of the best answer, both blurred by a Gaussian of 8 pixels. Needs SciPy, which
 scikit-image brings.
 """
 
@@ -23,10 +23,10 @@ import model_script as ms
 def main() -> None:
     """Print the mean, the least and the correlation between pictures."""
     bench = open_bench(__doc__)
-    config = dataclasses.replace(bench.config, uncertainty=True)
+    use = dataclasses.replace(bench.use, uncertainty=True)
     within, deviations, errors = [], [], []
     for _, low, high in bench.pairs():
-        found = ms.enhance_pixels(bench.model, low, config, bench.runtime)
+        found = ms.enhance_pixels(bench.model(low), low, use, bench.runtime)
         assert found.deviation is not None
         error = np.abs(found.best / 65535 - high / 255).mean(-1)
         blurred = [

@@ -2,8 +2,8 @@
 
     python benchmarks/web_speed.py [--checkpoint FILE] [--together 20] [--repeats 5]
 
-Starts the real web_app.py on a free port, uploads generated pictures as a browser does and waits
-for each result. Seconds run from the start of the upload to the last byte of the enhanced view.
+Starts the real page on a free port, uploads generated pictures as a browser does and waits for each
+result. Seconds run from the start of the upload to the last byte of the enhanced view.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--together", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
         port = free.getsockname()[1]
     command = [
         sys.executable,
-        str(ROOT / "web_app.py"),
+        str(ROOT / "tools" / "web_app.py"),
         "--checkpoint",
         arguments.checkpoint,
         "--port",

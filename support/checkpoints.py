@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from support.cameras import check_probe
 from support.files import atomic_path, make_folder, write_bytes
 from support.processes import restarted
 from support.settings import UserError, build, is_text, read_settings, shown
@@ -57,7 +59,7 @@ def refuse_hostile(path: str) -> None:
 
 
 def refuse_other_system(checkpoint: dict[str, Any], path: str, ours: str) -> None:
-    """Raises UserError where the weights are not of the system of the name `ours`."""
+    """Raises UserError where a checkpoint holds another system's weights than `ours`."""
     theirs = checkpoint.get("system", "ConditionalFlow")
     if theirs != ours:
         hint = "use the script that trained them"
@@ -65,8 +67,8 @@ def refuse_other_system(checkpoint: dict[str, Any], path: str, ours: str) -> Non
 
 
 def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
-    """The content of a checkpoint, of `system` where that is named; tensors on the CPU. Nothing
-    pickled is ever executed. Raises UserError."""
+    """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises
+    UserError, also for another `system` than that, where one is named."""
     try:
         refuse_hostile(path)
         with warnings.catch_warnings():
@@ -102,7 +104,7 @@ def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
         raise UserError(
             f"{path}: not a checkpoint of this script (its system and run_id are no texts)"
         )
-    if system:  # before its config is read, which has keys of its own
+    if system:  # before its config is read: another system has other keys
         refuse_other_system(content, path, system)
     return content
 
@@ -172,6 +174,19 @@ def build_model(system: type[Any], config: Any, checkpoint: dict[str, Any], path
         model = system(config)
         load_weights(model, checkpoint, path)
     return model
+
+
+def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any], Tensor]:
+    """(the second network of released weights, for infrared pictures, as a checkpoint of its own;
+    the table by which `support.cameras` tells the cameras apart).
+
+    Raises UserError where it, or the table that tells the cameras apart, is damaged.
+    """
+    found = checkpoint["cameras"]
+    if type(found) is not dict or "infrared" not in found:
+        raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
+    probe = check_probe(found.get("probe"), path)
+    return checkpoint | {"model": found["infrared"]}, probe
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from support.files import write_csv
 from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
+VIDEO_TOOL = "tools/enhance_video.py"
+
 
 def find_inputs(
     given: str, output: str, suffixes: Sequence[str] = SUFFIXES
@@ -46,23 +48,30 @@ def find_inputs(
     inside = target.resolve()
     if inside == root.resolve():
         raise UserError(f"--output {target}: is the input folder itself; choose another")
-    files = [
+    seen = [
         path
         for path in found
-        if path.suffix.lower() in suffixes
+        if path.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and path.is_file()
         and inside not in path.resolve().parents
     ]
+    files = [path for path in seen if path.suffix.lower() in suffixes]
+    clips = len(seen) - len(files)
+    hint = f"{clips} {'clip' if clips == 1 else 'clips'} left out; python {VIDEO_TOOL} does them"
     if not files:
-        looked = ", ".join(suffixes)
-        raise UserError(f"--input {given}: nothing found; the suffixes looked for are {looked}")
+        looked = f"the suffixes looked for are {', '.join(suffixes)}"
+        raise UserError(f"--input {given}: nothing found; {hint if clips else looked}")
+    if clips:
+        print(f"{given}: {hint}")
     return [(path, target / path.relative_to(root)) for path in files]
 
 
 def one_target(given: str, output: str, suffixes: Sequence[str]) -> Path:
     """The file that `output` means for the one file `given`. Raises UserError."""
     target = Path(output)
+    if Path(given).suffix.lower() in set(VIDEO_SUFFIXES) - set(suffixes):
+        raise UserError(f"--input {given}: is a clip; use python tools/enhance_video.py for it")
     if target.is_dir() or output.endswith(("/", os.sep)):
         target = target / Path(given).name
     if target.suffix.lower() not in suffixes:
@@ -85,7 +94,15 @@ def find_jobs(given: str, output: str, suffixes: Sequence[str]) -> list[tuple[Pa
 
 
 ENHANCE_COLUMNS = (
-    "file output width height seconds brightness_before brightness_after deviation note"
+    "file",
+    "output",
+    "width",
+    "height",
+    "seconds",
+    "brightness_before",
+    "brightness_after",
+    "deviation",
+    "note",
 )
 
 
@@ -102,11 +119,11 @@ def work_off(
     empty = dict.fromkeys(ENHANCE_COLUMNS, "")
     # asked once, before anybody writes: the shares of several processes must come from one list
     todo = broadcast([(source, target) for source, target in jobs if again or not target.exists()])
-    print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
+    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them already done")
     rows: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
-        for source, target in tqdm(shard(todo), desc="enhancing", unit="image", **progress_style()):
+        for source, target in tqdm(shard(todo), desc="enhancing", unit="file", **progress_style()):
             try:
                 rows[str(source)] = work(source, target)
             except UserError as error:

@@ -147,7 +147,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean, deviation, median and the worst file of every metric."""
     summary = {}
     for name in rows[0]:
-        if name in ("filename", "twin_in_training"):
+        if name in ("filename", "twin_in_training", "camera"):
             continue
         values = np.array([row[name] for row in rows])
         # the worst colourfulness ratio is the one farthest from the target's

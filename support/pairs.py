@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from support.decoding import SUFFIXES, read_image
 from support.processes import progress_style
+from support.scenes import split_by_scene
 from support.settings import UserError
 
 
@@ -81,13 +82,14 @@ def find_pairs(
     return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
 
 
-def chosen_pairs(pairs: Sequence[Pair], scenes: str) -> Sequence[Pair]:
-    """The pairs whose stems `scenes` names, separated by commas, in its order; all for none.
+def evaluation_pairs(use: Any) -> list[Pair]:
+    """The pairs to score: those whose stems `use.scenes` names, in its order, or all.
 
     Raises UserError for a stem that is not there.
     """
+    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
     known = {pair.name: pair for pair in pairs}
-    wanted = [stem.strip() for stem in scenes.split(",") if stem.strip()]
+    wanted = [stem.strip() for stem in use.scenes.split(",") if stem.strip()]
     for stem in wanted:
         if stem not in known:
             there = f"there are {len(known)}, from {min(known)} to {max(known)}"
@@ -171,3 +173,25 @@ def source_pairs(
                 found = [found[place] for place in places]
             pairs[kind] += [pair._replace(name=f"{source['name']}/{pair.name}") for pair in found]
     return pairs["train"], pairs["val"]
+
+
+def training_data(config: Any, room: int) -> tuple[PairStore, list[int], PairStore, list[int]]:
+    """(training store, its indices, validation store, its indices), which cache up to `room` bytes.
+
+    Validation pairs are the sources' own, those of val_low_dir, or split off by scene.
+    """
+    skip = config.on_bad_file == "skip"
+    if not config.sources and not config.val_low_dir:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        store = PairStore(pairs, room, skip)
+        split = (config.val_fraction, config.scene_similarity, config.seed)
+        training, validation = split_by_scene(store.thumbnails, *split)
+        return store, training, store, validation
+    if config.sources:
+        pairs, held = source_pairs(config.sources, config.val_pairs)
+    else:
+        pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
+        held = find_pairs(config.val_low_dir, config.val_high_dir, "val")
+    store = PairStore(pairs, room, skip)
+    held_out = PairStore(held, store.room, skip)
+    return store, list(range(len(store))), held_out, list(range(len(held_out)))

@@ -159,6 +159,18 @@ def typed_sources(value: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
+def read_size(name: str, text: str) -> tuple[int, int] | None:
+    """(height, width) of a text such as '128,128'; None for native and auto. Raises UserError."""
+    if text in ("auto", "native"):
+        return None
+    sides = re.fullmatch(r"\[? *(\d{2,4}) *, *(\d{2,4}) *\]?", text, re.ASCII)
+    height, width = (int(side) for side in sides.groups()) if sides else (0, 0)
+    if not (16 <= height <= 8192 and 16 <= width <= 8192):
+        hint = "auto, native or height,width in [16, 8192]"
+        raise UserError(f"{name} must be {hint}, got {text!r}")
+    return height, width
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors: one line, exit status 2."""
 

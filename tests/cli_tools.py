@@ -1,5 +1,4 @@
-"""Helpers of the integration tests: run the script as a user would, and make tiny pairs of
-pictures."""
+"""Helpers of the integration tests: run the script as a user would, make tiny pairs of pictures."""
 
 from __future__ import annotations
 
@@ -137,8 +136,7 @@ def make_pairs(
 
 
 def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a tiny run whose data lie in folder/data/{train,val,eval} and whose output stays
-    in `folder`."""
+    """Settings of a tiny run with data in folder/data/{train,val,eval} and output in `folder`."""
     data = folder / "data"
     dirs = {
         f"{part}_{kind}_dir": str(data / part / kind)
@@ -180,8 +178,7 @@ def main_with(
 
 
 def differing(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two trees of dicts, lists, tensors and plain values differ; tensors are compared bit
-    for bit."""
+    """Where two trees of dicts, lists, tensors and plain values differ; tensors bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
@@ -200,8 +197,10 @@ def differing(a: Any, b: Any, place: str = "") -> list[str]:
 
 
 def assert_one_line_error(status: int, stderr: str, *words: str, expected: int = 2) -> None:
-    """The promise of every mistake: the status, one line that starts with error:, no traceback, and
-    it names `words`."""
+    """What every mistake promises: the status, and one line that starts with error:, no traceback.
+
+    The line names `words`.
+    """
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert status == expected, stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr

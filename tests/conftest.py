@@ -1,5 +1,4 @@
-"""What the test files share: the script on the path, small random models and small random data
-sets."""
+"""What the test files share: the script on the path, small random models and data sets."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def smooth_scene(seed: int, height: int, width: int) -> np.ndarray:
-    """A colourful (height, width, 3) uint8 picture; two seeds give pictures that do not
-    correlate."""
+    """A colourful (height, width, 3) uint8 picture; two seeds give pictures without correlation."""
     coarse = np.random.default_rng((977, seed)).uniform(0, 1, (6, 6, 3))
     coarse = (coarse - coarse.min()) / (coarse.max() - coarse.min())
     picture = Image.fromarray(np.rint(20 + 215 * coarse).astype(np.uint8))
@@ -35,7 +33,7 @@ def write_pairs(
 ) -> tuple[Path, Path]:
     """Write low/1.png, high/1.png, ... of `size` (height, width) and return the two folders.
 
-    `scenes` gives the scene of each pair (default: all different); takes of a scene differ in
+    `scenes` gives the scene of each pair (default: all different). Takes of a scene differ in
     exposure and noise. `equal` makes every low the same picture as its high.
     """
     low_dir, high_dir = Path(folder) / "low", Path(folder) / "high"
@@ -53,8 +51,10 @@ def write_pairs(
 
 
 def randomise(module: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module:
-    """Perturb every parameter, also those that start at zero and would make the layer an identity;
-    returns the module."""
+    """Perturb every parameter and return the module.
+
+    Also those that start at zero and would make the layer an identity.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,18 +1,18 @@
-"""Trains in a child process that is killed (signal 9) again and again, and resumed each time; run
-by test_kill.py.
+"""Trains in a child process that is killed again and again, and resumed; run by test_kill.py.
 
     python tests/killer.py CONFIG KILLS SEED
 
 The child writes to a pipe whenever a step, a validation, the saving of an epoch or the write of a
-file of weights begins and ends: what it said survives it, and is a record that owes nothing to the
-checkpoints. Prints a JSON object a kill:
+file of weights begins and ends. What it said survives its death, and is a record independent of the
+checkpoints. The signal is 9. Prints a JSON object for each kill:
 
 moment    what was waited for: one of MOMENTS, of which the kill falls into a random part
 within    what the child had begun and not ended when it died, the innermost last: a best file is
-written in a validation torn      whether it left the half of a file of weights behind began     the
-step that it went on from, as it said itself; null where it died before any finished  the step of
-the last epoch whose saving it said to be done; 0 without any found     the step of the newest
-checkpoint after its death; 0 without any
+          written in a validation
+torn      whether it left the half of a file of weights behind
+began     the step that it went on from, as it said itself; null where it died before any
+finished  the step of the last epoch whose saving it said to be done; 0 without any
+found     the step of the newest checkpoint after its death; 0 without any
 
 The child is forked after all imports, so that fifty attempts take a minute or two, and few kills
 fall into a start.
@@ -50,8 +50,10 @@ LONGEST_WAIT = 200
 
 
 class Word(NamedTuple):
-    """What the child says: at `seconds` of the machine's clock `kind` begins or ends, at the step
-    `step` (0 for a write)."""
+    """What the child says: `kind` begins or ends at `seconds` of the machine's clock, at `step`.
+
+    The step is 0 for a write.
+    """
 
     kind: str
     step: int
@@ -60,8 +62,7 @@ class Word(NamedTuple):
 
 
 def import_late_parts() -> None:
-    """What a training imports on its way, for its optimizer, curves and scores; it takes
-    seconds."""
+    """What a training imports later, for its optimizer, curves and scores; it takes seconds."""
     for name in ("torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.tensorflow_stub"):
         importlib.import_module(name)
     black = np.zeros((16, 16, 3))
@@ -75,8 +76,10 @@ def newest(folder: Path) -> int:
 
 
 def announce(owner: Any, name: str, pipe: int, describe: Callable[..., tuple[str, int]]) -> None:
-    """Make a function of `owner` say its kind and step as it begins and as it ends. One short write
-    is never torn."""
+    """Make a function of `owner` say its kind and step as it begins and as it ends.
+
+    One short write is never torn.
+    """
     work = getattr(owner, name)
 
     def announced(*arguments: Any) -> Any:
@@ -90,8 +93,10 @@ def announce(owner: Any, name: str, pipe: int, describe: Callable[..., tuple[str
 
 
 def start(config: str, folder: Path) -> tuple[int, TextIO]:
-    """Fork a child that trains on from the newest checkpoint; returns its process number and what
-    it says."""
+    """Fork a child that trains on from the newest checkpoint.
+
+    Returns its process number and what it says.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -121,8 +126,10 @@ def heard(stream: TextIO) -> Iterator[Word]:
 
 
 def wait_for(moment: str, stream: TextIO, rng: random.Random) -> list[Word]:
-    """Wait until the child is in the midst of one of its next such works; returns what it said
-    meanwhile."""
+    """Wait until the child is in the midst of one of its next such works.
+
+    Returns what it said meanwhile.
+    """
     if moment == "any":
         time.sleep(rng.uniform(0.02, 0.6))
         return []

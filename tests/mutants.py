@@ -1,11 +1,11 @@
-"""One-line mistakes in flow, losses, metrics, training, resuming, in what the script stands on and
-in the baselines, each of which the fast tests must notice.
+"""One-line mistakes, each of which the fast tests must notice.
 
     python tests/mutants.py [NUMBER ...]
 
-Applies each mutant to a copy of the project and runs the fast tests of the file named beside it; a
-mutant that they pass survives, and the exit status is 1. One under which they hang is killed, too.
-About half a minute each on two cores.
+They lie in the flow, the losses, metrics, training, resuming and the baselines. Each mutant is
+applied to a copy of the project, and the fast tests of the file named beside it run. A mutant that
+they pass survives, and the exit status is 1. One under which they hang counts as killed. About half
+a minute each on two cores.
 """
 
 from __future__ import annotations
@@ -323,8 +323,10 @@ MUTANTS = [
 
 
 def verdict(copy: Path, names: set[str], patience: float | None = None) -> str:
-    """What the named test files say of the project in `copy`; `patience` is in seconds, None for
-    endless."""
+    """What the named test files say of the project in `copy`.
+
+    `patience` is in seconds; None for endless.
+    """
     command = [
         sys.executable,
         "-m",

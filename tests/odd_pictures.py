@@ -1,5 +1,4 @@
-"""A corpus of broken and odd picture files, made on the fly: what each shows, or that it must be
-refused."""
+"""A corpus of broken and odd picture files, made on the fly, and what must come of each."""
 
 from __future__ import annotations
 
@@ -32,9 +31,11 @@ EXIF_TURNS = {
 class Odd(NamedTuple):
     """A file and what must come of it.
 
-    pixels: what it shows, upright, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16; None where
-    it must be refused. tolerance: largest mean difference, in levels of 255. may_refuse: a refusal
-    is right as well. words: in the refusal.
+    pixels      what it shows, upright, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16; None
+                where it must be refused
+    tolerance   largest mean difference, in levels of 255
+    may_refuse  a refusal is right as well
+    words       what the refusal says
     """
 
     data: bytes
@@ -71,8 +72,10 @@ def png(
     idat: bytes = b"",
     extra: bytes = b"",
 ) -> bytes:
-    """A PNG of (H, W, C) uint8 or uint16 written by hand: interlaced, of another declared size
-    (width, height), ..."""
+    """A PNG of (H, W, C) uint8 or uint16 written by hand.
+
+    It can be interlaced, declare another size (width, height), and so on.
+    """
     height, width, channels = pixels.shape
     wide = pixels.astype(f">u{pixels.dtype.itemsize}")
     starts = [
@@ -101,8 +104,10 @@ def png(
 
 
 def zeros_deflated(size: int) -> bytes:
-    """A zlib stream of about `size` zero bytes, a thousand times shorter, made without ever holding
-    them."""
+    """A zlib stream of about `size` zero bytes, a thousand times shorter.
+
+    It is made without ever holding them.
+    """
     packer = zlib.compressobj(9)
     first = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
     again = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -114,10 +119,10 @@ def zeros_deflated(size: int) -> bytes:
 def raw_tiff(
     tags: dict[int, Sequence[int]], data: bytes = b"", next_page: int = 0, bombs: int = 0
 ) -> bytes:
-    """A TIFF of 32-bit tags written by hand; its one strip (or tile, where tag 322 is there) is
-    `data`.
+    """A TIFF of 32-bit tags written by hand.
 
-    `bombs` further tags each claim the whole of `data` as theirs.
+    Its one strip (or tile, where tag 322 is there) is `data`. `bombs` further tags each claim the
+    whole of `data` as theirs.
     """
     tags = dict(tags) | {
         (324 if 322 in tags else 273): [0],
@@ -191,8 +196,10 @@ def literal_lzw(data: bytes) -> bytes:
 
 
 def solid_webp(width: int, height: int) -> bytes:
-    """A lossless WebP of one colour in 40 bytes: five prefix codes of one symbol each leave no bit
-    for the pixels."""
+    """A lossless WebP of one colour in 40 bytes.
+
+    Five prefix codes of one symbol each leave no bit for the pixels.
+    """
     # size, alpha, version; no transform, cache or meta
     bits = [(width - 1, 14), (height - 1, 14), (0, 1), (0, 3), (0, 3)]
     bits += [(1, 1), (0, 1), (1, 1), (90, 8)] * 4 + [(1, 1), (0, 1), (0, 1), (0, 1)]
@@ -212,8 +219,10 @@ def declared_jpeg(data: bytes, width: int, height: int) -> bytes:
 
 
 def scan_bomb(scans: int) -> bytes:
-    """A progressive JPEG that goes over its 4 megapixels again in each of many empty scans of a few
-    bytes."""
+    """A progressive JPEG that goes over its 4 megapixels again and again.
+
+    In each of many empty scans of a few bytes.
+    """
     data = encoded(np.zeros((2048, 2048), np.uint8), "JPEG", progressive=True)
     empty = bytes.fromhex("ffda 0008 01 01 00 01 3f 00".replace(" ", ""))
     # one code: a run of 2^14 blocks
@@ -389,8 +398,10 @@ def good_pictures(scene: np.ndarray) -> dict[str, Odd]:
 
 
 def bad_pictures(scene: np.ndarray) -> dict[str, Odd]:
-    """Files that must be refused: no picture, no format of ours, several frames, too small,
-    declared far too large."""
+    """Files that must be refused.
+
+    No picture, no format of ours, several frames, too small, declared far too large.
+    """
     jpeg = encoded(scene, "JPEG")
     several: dict[str, Any] = dict(
         save_all=True, append_images=[Image.fromarray(scene[::-1].copy())]
@@ -495,8 +506,10 @@ def cut_pictures(scene: np.ndarray) -> dict[str, Odd]:
 
 
 def make_corpus(folder: Path) -> dict[str, Odd]:
-    """Write every file into `folder`; returns them by name, with the links, the pipe and the folder
-    that lie among them."""
+    """Write every file into `folder`.
+
+    Returns them by name, with the links, the pipe and the folder that lie among them.
+    """
     scene = target_picture(3)
     found = good_pictures(scene) | bad_pictures(scene) | cut_pictures(scene)
     folder.mkdir()

@@ -1,5 +1,4 @@
-"""The command line as a user meets it: every mode, what it writes, and one line for every
-mistake."""
+"""The command line as a user meets it: every mode, what it writes, one line for every mistake."""
 
 from __future__ import annotations
 

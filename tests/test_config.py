@@ -1,5 +1,4 @@
-"""Config keys, files, --set and the flags: everything is typed, checked and answered in one
-line."""
+"""Config keys, files, --set and the flags: everything is typed, checked, answered in one line."""
 
 from __future__ import annotations
 

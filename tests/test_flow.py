@@ -1,5 +1,4 @@
-"""The conditional flow: every layer is a bijection whose log-determinant is that of its
-Jacobian."""
+"""The conditional flow: every layer is a bijection with the log-determinant of its Jacobian."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A run that is killed at any moment loses no finished epoch and ends with the weights of a run
-that nobody disturbed; a full disk costs no checkpoint, and a folder that cannot be written to is
-told before the first step."""
+"""A run that is killed at any moment loses no finished epoch.
+
+It ends with the weights of a run that nobody disturbed. A full disk costs no checkpoint. A folder
+that cannot be written to is reported before the first step.
+"""
 
 from __future__ import annotations
 

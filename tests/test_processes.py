@@ -1,5 +1,7 @@
-"""Several processes under torchrun do what one does: the same losses, the same rows, the same
-pictures; killed ones restart."""
+"""Several processes under torchrun do what one does: the same losses, rows and pictures.
+
+Killed ones restart.
+"""
 
 from __future__ import annotations
 

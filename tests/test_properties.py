@@ -1,5 +1,4 @@
-"""What holds for every config, every pair of folders and every picture: hypothesis looks for the
-one that breaks it."""
+"""What holds for every config, pair of folders and picture; hypothesis looks for exceptions."""
 
 from __future__ import annotations
 

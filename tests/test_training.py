@@ -1,5 +1,4 @@
-"""Training as a whole: it learns, resumes bit for bit, keeps its checkpoints and reports what
-happens."""
+"""Training as a whole: it learns, resumes bit for bit, keeps its checkpoints and reports."""
 
 from __future__ import annotations
 
