@@ -269,6 +269,11 @@ def check_training_state(
                     raise ValueError
 
 
+def folder_of(given: str | None) -> str | None:
+    """The folder of what --resume names, a checkpoint or a folder: that is where the run writes."""
+    return given if not given or os.path.isdir(given) else str(Path(given).parent)
+
+
 def resume_from(given: str | None, folder: Path) -> str | None:
     """The checkpoint to go on from: what --resume names, the newest where that is a folder, or the
     newest of the run that torchrun starts again. Raises UserError for a folder without one."""
