@@ -113,6 +113,8 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path: Path) -> None:
     assert checkpoints.resume_from(str(folder), folder) == str(folder / names[1])
     assert checkpoints.resume_from("b.pth", folder) == "b.pth"
     assert checkpoints.resume_from(None, folder) is None
+    named = (str(folder), str(folder / names[0]), None)
+    assert [checkpoints.folder_of(name) for name in named] == [str(folder), str(folder), None]
     with pytest.raises(UserError, match=r"no checkpoint_epoch_N\.pth"):
         checkpoints.resume_from(str(run_of(tmp_path / "b", "best_model.pth")), folder)
 
