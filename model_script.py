@@ -32,7 +32,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -1341,7 +1340,7 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode train."""
     given = arguments.settings
     config = settings.build(system.config_class, given, "settings")
-    there = arguments.resume if os.path.isdir(arguments.resume or "") else None
+    there = checkpoints.folder_of(arguments.resume)
     folder = Path(given.get("checkpoint_dir") or there or config.checkpoint_dir)
     resume = processes.broadcast(checkpoints.resume_from(arguments.resume, folder))
     if resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickletools
+import re
 import time
 import warnings
 import zipfile
@@ -29,6 +30,8 @@ PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage" for kind in STORED
 }
 LONGEST_PICKLE = 2**24
+# what a training writes; checkpoint_epoch_mine.pth is somebody's own
+WRITTEN = re.compile(r"best_model|checkpoint_epoch_\d+|checkpoint_interrupted", re.ASCII)
 
 
 def refuse_hostile(path: str) -> None:
@@ -202,8 +205,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def runs_in(folder: Path) -> list[Path]:
     """The checkpoints that trainings left in `folder`, the one that was written last first."""
-    names = ("best_model.pth", "checkpoint_epoch_*.pth", "checkpoint_interrupted.pth")
-    found = [path for name in names for path in folder.glob(name)]
+    found = [path for path in folder.glob("*.pth") if WRITTEN.fullmatch(path.stem)]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -266,6 +268,11 @@ def check_training_state(
                 fits = value.shape in (parameter.shape, torch.Size())
                 if not fits or not bool(value.isfinite().all()):
                     raise ValueError
+
+
+def folder_of(given: str | None) -> str | None:
+    """The folder of what --resume names, a checkpoint or a folder: that is where the run writes."""
+    return given if not given or os.path.isdir(given) else str(Path(given).parent)
 
 
 def resume_from(given: str | None, folder: Path) -> str | None:

@@ -58,9 +58,8 @@ def randomise(module: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator).to(
-                parameter.dtype
-            )
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.add_(scale * noise)
     return module
 
 

@@ -39,6 +39,14 @@ FLOW, LOSSES, METRICS, TRAINING, DATA = (
     "test_training",
     "test_data",
 )
+ROOMS, CONFIG = "test_rooms", "test_config"
+SETTINGS, CHECKPOINTS, DECODING, PICTURES, TILES, SUMMARY, FOLDERS, SCENES = (
+    f"support/{name}.py"
+    for name in (
+        *("settings", "checkpoints", "decoding", "pictures", "tiles", "metrics", "folders"),
+        "scenes",
+    )
+)
 RETINEX, UPT, ANLIGHTEN = (
     (f"test_{name}", f"baselines/{name}.py") for name in ("retinexnet", "upt_flow", "anlightendiff")
 )
@@ -97,7 +105,11 @@ MUTANTS = [
     Mutant(
         "return ((y * 256 - 0.5) / 255).clamp(0, 1)", "return (y * 256 / 255).clamp(0, 1)", FLOW
     ),
-    Mutant("return log_prob + log_det, (latent", "return log_prob - log_det, (latent", FLOW),
+    Mutant(
+        "gaussian_log_prob(latent, mean, self.log_sigma) + log_det",
+        "gaussian_log_prob(latent, mean, self.log_sigma) - log_det",
+        FLOW,
+    ),
     # the condition: what a crop is told must be what the whole picture is told
     Mutant(
         "(torch.arange(width, device=grid.device) + 0.5) / width",
@@ -119,8 +131,8 @@ MUTANTS = [
         LOSSES,
     ),
     Mutant(
-        "config.ssim_weight * (1 - ssim(enhanced, high).mean())",
-        "config.ssim_weight * ssim(enhanced, high).mean()",
+        "config.ssim_weight * (1 - similarity.mean())",
+        "config.ssim_weight * similarity.mean()",
         LOSSES,
     ),
     # metrics
@@ -142,11 +154,11 @@ MUTANTS = [
         METRICS,
         "support/metrics.py",
     ),
-    Mutant(".min() <= tolerance", ".max() <= tolerance", METRICS),
+    Mutant(".min() <= tolerance", ".max() <= tolerance", METRICS, "support/scenes.py"),
     # training and resuming
     Mutant(
-        "rng = np.random.default_rng((self.config.seed, epoch, index))",
-        "rng = np.random.default_rng((self.config.seed, index))",
+        "key = (self.config.seed, epoch, index, *([turn] if turn else []))",
+        "key = (self.config.seed, index, *([turn] if turn else []))",
         DATA,
     ),
     Mutant(
@@ -155,7 +167,7 @@ MUTANTS = [
         TRAINING,
     ),
     Mutant("torch.manual_seed(self.config.seed * 1_000_003 + self.step)", "torch.seed()", TRAINING),
-    Mutant("config, epoch)[self.step % self.steps_per_epoch :]", "config, epoch)", TRAINING),
+    Mutant("self._plan(epoch)[self.step % self.steps_per_epoch :]", "self._plan(epoch)", TRAINING),
     Mutant('self.optimizer.load_state_dict(training["optimizer"] | own)', "pass", TRAINING),
     Mutant('self.ema.n_averaged.copy_(training["averaged"])', "pass", TRAINING),
     Mutant(
@@ -163,7 +175,7 @@ MUTANTS = [
         "torch._foreach_lerp_(averages, current, now)",
         TRAINING,
     ),
-    Mutant('better = means["psnr"] > self.best', 'better = means["psnr"] < self.best', TRAINING),
+    Mutant("better = choice > self.best", "better = choice < self.best", TRAINING),
     Mutant(
         "os.replace(temporary, path)",
         "path.write_bytes(temporary.read_bytes())",
@@ -176,6 +188,118 @@ MUTANTS = [
         "test_processes",
         "support/processes.py",
     ),
+    # settings
+    Mutant(
+        'not key.metadata["low"] <= value <= key.metadata["high"]',
+        'not key.metadata["low"] < value <= key.metadata["high"]',
+        CONFIG,
+        SETTINGS,
+    ),
+    Mutant(
+        'if "int" in kind and not value.is_integer()',
+        'if "int" in kind and value < 0',
+        CONFIG,
+        SETTINGS,
+    ),
+    Mutant(
+        'found |= read_settings(kinds, own, "--set")',
+        'found = read_settings(kinds, own, "--set") | found',
+        CONFIG,
+        SETTINGS,
+    ),
+    Mutant("if name in found:", "if name in found and found[name] == value:", CONFIG, SETTINGS),
+    Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
+    Mutant("and value.bit_length() < 9999", "", CONFIG, SETTINGS),
+    Mutant(
+        "RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}",
+        "RETIRED_KEYS = set()",
+        ROOMS,
+    ),
+    # checkpoints
+    Mutant(" if k not in set(retired)}", "}", ROOMS, CHECKPOINTS),
+    Mutant(" if not k.endswith(data) or os.path.isdir(v)}", "}", ROOMS, CHECKPOINTS),
+    Mutant(
+        "given.get(key.name, mine) != mine:",
+        "given.get(key.name, mine) is None:",
+        ROOMS,
+        CHECKPOINTS,
+    ),
+    Mutant(
+        "return build(kind, here | given, path)",
+        "return build(kind, given | here, path)",
+        ROOMS,
+        CHECKPOINTS,
+    ),
+    Mutant(
+        "for part in [*model.parameters(), *matrices]", "for part in matrices", ROOMS, CHECKPOINTS
+    ),
+    Mutant('if code.name == "GLOBAL"}', 'if code.name == "STACK_GLOBAL"}', ROOMS, CHECKPOINTS),
+    Mutant("path.stat().st_mtime, reverse=True)", "path.stat().st_mtime)", ROOMS, CHECKPOINTS),
+    Mutant("for path in epochs[keep:]:", "for path in epochs[:keep]:", ROOMS, CHECKPOINTS),
+    Mutant(
+        "if found := runs_in(folder):", "if len(found := runs_in(folder)) > 1:", ROOMS, CHECKPOINTS
+    ),
+    Mutant(r"checkpoint_epoch_\d+", "checkpoint_epoch_.*", ROOMS, CHECKPOINTS),
+    # decoding
+    Mutant(
+        "np.rint(grey_levels(picture) / 257)", "np.rint(grey_levels(picture) / 256)", DATA, DECODING
+    ),
+    Mutant("orientation = exif.get(ORIENTATION, 1)", "orientation = 1", DATA, DECODING),
+    Mutant("if min(picture.size) < 16:", "if max(picture.size) < 16:", ROOMS, DECODING),
+    Mutant("> DENSEST * size:", "> 99 * DENSEST * size:", ROOMS, DECODING),
+    Mutant("pixels <<= 8", "pixels <<= 7", "test_properties", DECODING),
+    Mutant(
+        "upper.astype(np.uint16) << 8", "upper.astype(np.uint16) << 7", "test_properties", DECODING
+    ),
+    # exposure
+    Mutant("* 2.0**stops, 1.0)", "* (1 + stops), 1.0)", ROOMS, PICTURES),
+    Mutant("np.rint(values * (65535 if deep else 255))", "np.rint(values * 255)", ROOMS, PICTURES),
+    Mutant(
+        "if share @ exposed(middle) < mean else",
+        "if share @ exposed(middle) > mean else",
+        ROOMS,
+        PICTURES,
+    ),
+    # tiles
+    Mutant("/ max(1, count - 1) / 8) * 8", "/ max(1, count) / 8) * 8", ROOMS, TILES),
+    Mutant("middles = [(before + extent + after) // 2", "middles = [before + extent", ROOMS, TILES),
+    Mutant("default_rng((*seed, y, x))", "default_rng((*seed, y))", ROOMS, TILES),
+    # folders
+    Mutant(
+        'any(part.startswith(".") for part in path.relative_to(root).parts)',
+        'path.name.startswith(".")',
+        ROOMS,
+        FOLDERS,
+    ),
+    Mutant("and inside not in path.resolve().parents", "", ROOMS, FOLDERS),
+    Mutant("if again or not target.exists()]", "if again or target.exists()]", ROOMS, FOLDERS),
+    Mutant("return 1 if failed else 0", "return 0", ROOMS, FOLDERS),
+    # scenes
+    Mutant("default_rng(seed).permutation", "default_rng(0).permutation", DATA, SCENES),
+    Mutant(
+        "return sorted(set(range(len(thumbnails))) - set(validation)), sorted(validation)",
+        "return sorted(validation), sorted(set(range(len(thumbnails))) - set(validation))",
+        DATA,
+        SCENES,
+    ),
+    # scores
+    Mutant(
+        "metrics.image_metrics(levels / 255.0,",
+        "metrics.image_metrics(found.best / 65535.0,",
+        ROOMS,
+    ),
+    Mutant(
+        "torch.manual_seed(model.config.seed + index)",
+        "torch.manual_seed(model.config.seed)",
+        ROOMS,
+    ),
+    Mutant(
+        "if size and low.shape[:2] != tuple(size):", "if size and low.shape[0] != size[0]:", ROOMS
+    ),
+    Mutant(
+        'if row["twin_in_training"] is False]', 'if not row["twin_in_training"]]', ROOMS, SUMMARY
+    ),
+    Mutant('means["seconds"]["median"]', 'means["seconds"]["mean"]', ROOMS, SUMMARY),
     # baselines
     Mutant('"exchanged": 0.001 *', '"exchanged": 0.01 *', *RETINEX),
     Mutant("(-10 * edges).exp()", "(-1 * edges).exp()", *RETINEX),

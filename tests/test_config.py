@@ -380,6 +380,7 @@ BAD_FILES = {
     "long integer": (b'{"batch_size": 1' + b"0" * 400 + b"}", "batch_size must be an integer"),
     "endless integer": (b'{"batch_size": 1' + b"0" * 6000 + b"}", ""),
     "deep": (b"[" * 200_000, "not valid JSON"),
+    "cross-key of use": (b'{"tile_size": 33}', "tile_size must be 0 or a multiple of 8"),
     "cross-key": (b'{"crop_size": 33}', "crop_size must be 0 or a multiple of 8"),
 }
 

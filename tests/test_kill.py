@@ -152,7 +152,7 @@ def test_a_write_that_the_disk_refuses_leaves_the_last_good_checkpoint(tmp_path:
     assert run_script("--mode", "train", "--config", config, cwd=tmp_path).returncode == 0
     good = tmp_path / "ckpt" / "checkpoint_epoch_1.pth"
     content, names = good.read_bytes(), files_under(tmp_path / "ckpt")
-    resume = ["--mode", "train", "--resume", good, "--set", "num_epochs=2"]
+    resume: list[str | Path] = ["--mode", "train", "--resume", good, "--set", "num_epochs=2"]
     done = run_limited(good.stat().st_size // 2, *resume, cwd=tmp_path)
     assert_one_error_beside_the_bars(done, "checkpoint_epoch_2.pth", "free space")
     assert good.read_bytes() == content and files_under(tmp_path / "ckpt") == names

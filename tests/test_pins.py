@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,9 +83,13 @@ RELEASED: dict[str, dict[str, list[list[list[float]]]]] = {
 def three_steps(folder: Path) -> list[dict[str, float]]:
     """Of a tiny training with a fixed seed."""
     write_pairs(folder / "train", 6, 0)
-    tiny = dict(image_size=[48, 64], flow_channels=16, thumbnail_size=32, batch_size=2)
-    output = dict(checkpoint_dir=str(folder / "run"), log_dir=str(folder / "run"))
-    data = dict(train_low_dir=str(folder / "train/low"), train_high_dir=str(folder / "train/high"))
+    tiny: dict[str, Any] = dict(
+        image_size=[48, 64], flow_channels=16, thumbnail_size=32, batch_size=2
+    )
+    output: dict[str, Any] = dict(checkpoint_dir=str(folder / "run"), log_dir=str(folder / "run"))
+    data: dict[str, Any] = dict(
+        train_low_dir=str(folder / "train/low"), train_high_dir=str(folder / "train/high")
+    )
     config = ms.Config(
         **tiny, **output, **data, val_fraction=0.2, learning_rate=0.01, warmup_steps=2, num_epochs=2
     )
@@ -106,7 +111,7 @@ def block_means(levels: np.ndarray) -> np.ndarray:
 
 def released_means(tile_size: int) -> dict[str, np.ndarray]:
     """Block means by temperature 0 and 1."""
-    given = dict(device="cpu", samples=1, temperature=1.0, tile_size=tile_size)
+    given: dict[str, Any] = dict(device="cpu", samples=1, temperature=1.0, tile_size=tile_size)
     loaded = ms.load_model(str(ms.RELEASED), given, ms.ConditionalFlow)
     found = ms.enhance_pixels(loaded.model, large_low(), loaded.use, loaded.runtime)
     table = level_table(0.0, deep=False)
@@ -126,6 +131,7 @@ def test_what_the_released_weights_make_of_a_picture(tile_size: int, tiles: int)
     if digits not in RELEASED:
         pytest.skip(f"no numbers are pinned for the weights {digits}")
     halo = ms.load_model(str(ms.RELEASED), {}, ms.ConditionalFlow).model.receptive_field
-    assert len(ms.plan_tiles(*large_low().shape[:2], tile_size, halo)) == tiles
+    height, width = large_low().shape[:2]
+    assert len(ms.plan_tiles(height, width, tile_size, halo)) == tiles
     for name, means in released_means(tile_size).items():
         np.testing.assert_allclose(means, RELEASED[digits][name], atol=0.15, err_msg=name)
