@@ -11,29 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SYSTEMS = {  # the name in a checkpoint: module, model, config, recipe for two cores
-    "ConditionalFlow": ("model_script", "ConditionalFlow", "Config", "cpu_train_config.json"),
-    "RetinexNet": (
-        "baselines.retinexnet",
-        "RetinexNet",
-        "RetinexConfig",
-        "baselines/retinexnet.json",
-    ),
-    "UPTFlow": ("baselines.upt_flow", "UPTFlow", "UPTFlowConfig", "baselines/upt_flow.json"),
+SYSTEMS = {  # the name in a checkpoint: module, class, recipe for two cores
+    "ConditionalFlow": ("model_script", "ConditionalFlow", "cpu_train_config.json"),
+    "RetinexNet": ("baselines.retinexnet", "RetinexNet", "baselines/retinexnet.json"),
+    "UPTFlow": ("baselines.upt_flow", "UPTFlow", "baselines/upt_flow.json"),
     "AnlightenDiff": (
         "baselines.anlightendiff",
         "AnlightenDiff",
-        "AnlightenConfig",
         "baselines/anlightendiff.json",
     ),
 }
 
 
-def classes(system: str) -> tuple[type[Any], type[Any]]:
-    """The model's and the config's class of one of SYSTEMS; its module is imported only now."""
-    module, model, config, _ = SYSTEMS[system]
-    found = importlib.import_module(module)
-    return getattr(found, model), getattr(found, config)
+def system_class(name: str) -> type[Any]:
+    """The class of one of SYSTEMS, a model_script.System; its module is imported only now."""
+    module, system, _ = SYSTEMS[name]
+    return getattr(importlib.import_module(module), system)
 
 
 def equalise(low: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,6 @@ class AnlightenConfig(ms.Config):
     Defaults are the published ones, except for AdamW and SSIM.
     """
 
-    method: ClassVar[str] = "AnlightenDiff"
-    program: ClassVar[str] = "-m baselines.anlightendiff"
-    recipe: ClassVar[str] = "baselines/anlightendiff.json"
-    unused: ClassVar[tuple[str, ...]] = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
     checkpoint_dir: str = knob("checkpoints/anlightendiff", "where weights go")
     width: int = knob(
         64, "channels of both U-Nets at full resolution, even", low=8, high=1024, architecture=True
@@ -123,6 +119,7 @@ class AnlightenConfig(ms.Config):
 
         They are here, so that a mistake is found before any picture is read.
         """
+        super().__post_init__()
         if self.width % 2:
             raise UserError(f"width must be even, got {self.width}")
         # every level halves the picture, which is padded to a multiple of its last
@@ -399,6 +396,11 @@ def image_loss(kind: str, a: Tensor, b: Tensor) -> Tensor:
 class AnlightenDiff(ms.System):
     """A condition U-Net that predicts the centre, and a denoising U-Net that its features steer."""
 
+    config_class = AnlightenConfig
+    method = "AnlightenDiff"
+    program = "-m baselines.anlightendiff"
+    recipe = "baselines/anlightendiff.json"
+    unused = ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS
     config: AnlightenConfig
     alpha_bars: Tensor
 
@@ -564,4 +566,4 @@ class AnlightenDiff(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=AnlightenDiff, config_class=AnlightenConfig))
+    sys.exit(ms.main(system=AnlightenDiff))

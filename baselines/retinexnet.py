@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,6 @@ class RetinexConfig(ms.Config):
     `training` counts as architecture: it says what the weights mean.
     """
 
-    method: ClassVar[str] = "RetinexNet"
-    program: ClassVar[str] = "-m baselines.retinexnet"
-    recipe: ClassVar[str] = "baselines/retinexnet.json"
-    unused: ClassVar[tuple[str, ...]] = (
-        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
-        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
-    )
     checkpoint_dir: str = knob("checkpoints/retinexnet", "where weights go")
     training: str = knob(
         "split",
@@ -231,6 +224,14 @@ def relight_losses(high: Tensor, reflectance: Tensor, relit: Tensor) -> dict[str
 class RetinexNet(ms.System):
     """Decom-Net and Enhance-Net behind the script's interface."""
 
+    config_class = RetinexConfig
+    method = "RetinexNet"
+    program = "-m baselines.retinexnet"
+    recipe = "baselines/retinexnet.json"
+    unused = (
+        *(ms.FLOW_KEYS + ms.LOSS_KEYS + ms.TILE_KEYS),
+        *("learning_rate", "warmup_steps", "temperature", "samples", "uncertainty"),
+    )
     config: RetinexConfig
 
     def __init__(self, config: RetinexConfig) -> None:
@@ -266,7 +267,7 @@ class RetinexNet(ms.System):
 
     # training -------------------------------------------------------------------------------------
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, step: int = 0) -> None:
         """Freeze Decom-Net for the second half of a split run.
 
         Without gradients AdamW leaves it alone, decay included.
@@ -304,4 +305,4 @@ class RetinexNet(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=RetinexNet, config_class=RetinexConfig))
+    sys.exit(ms.main(system=RetinexNet))

@@ -40,7 +40,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import equalise
-from support.processes import processes, sum_over_processes
+from support.processes import all_reduce, world_size
 from support.settings import UserError, knob
 
 
@@ -56,15 +55,6 @@ from support.settings import UserError, knob
 class UPTFlowConfig(ms.Config):
     """The script's keys with the published recipe's defaults, and this model's own."""
 
-    method: ClassVar[str] = "UPT-Flow"
-    program: ClassVar[str] = "-m baselines.upt_flow"
-    recipe: ClassVar[str] = "baselines/upt_flow.json"
-    unused: ClassVar[tuple[str, ...]] = (
-        "num_flow_blocks",
-        "thumbnail_size",
-        "global_dropout",
-        *ms.TILE_KEYS,
-    )
     checkpoint_dir: str = knob("checkpoints/upt_flow", "where weights go")
     encoder_width: int = knob(
         48, "channels of the encoder's first level, even", low=2, high=512, architecture=True
@@ -114,6 +104,7 @@ class UPTFlowConfig(ms.Config):
 
     def __post_init__(self) -> None:
         """A rule that no single key can state."""
+        super().__post_init__()
         if self.encoder_width % 2:
             raise UserError(f"encoder_width must be even, got {self.encoder_width}")
 
@@ -403,10 +394,8 @@ class ActNorm(nn.Module):
 
         A channel that hardly varies is scaled up by at most 1000.
         """
-        mean = sum_over_processes(x.mean((0, 2, 3), keepdim=True)[0]) / processes()
-        variance = (
-            sum_over_processes(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / processes()
-        )
+        mean = all_reduce(x.mean((0, 2, 3), keepdim=True)[0]) / world_size()
+        variance = all_reduce(((x - mean) ** 2).mean((0, 2, 3), keepdim=True)[0]) / world_size()
         self.shift.copy_(-mean)
         self.log_scale.copy_(-0.5 * variance.clamp(min=1e-6).log())
         self.initialised.fill_(True)
@@ -535,6 +524,11 @@ class UPTFlow(ms.System):
     M more than one.
     """
 
+    config_class = UPTFlowConfig
+    method = "UPT-Flow"
+    program = "-m baselines.upt_flow"
+    recipe = "baselines/upt_flow.json"
+    unused = ("num_flow_blocks", "thumbnail_size", "global_dropout", *ms.TILE_KEYS)
     config: UPTFlowConfig
 
     def __init__(self, config: UPTFlowConfig) -> None:
@@ -565,7 +559,7 @@ class UPTFlow(ms.System):
         latent, log_det = self.flow(ms.dequantise(high, torch.rand_like(high[:1])), features)
         zero = latent.new_zeros(())
         return (
-            ms.bits_per_dim(ms.gaussian_log_prob(latent, zero, zero) + log_det, high[0].numel()),
+            ms.to_bits_per_dim(ms.gaussian_log_prob(latent, zero, zero) + log_det, high[0].numel()),
             latent,
         )
 
@@ -593,7 +587,7 @@ class UPTFlow(ms.System):
         zeros = image.new_zeros(len(image), 192, image.shape[-2] // 8, image.shape[-1] // 8)
         return temperature * torch.randn_like(zeros) if temperature else zeros
 
-    def likelihood(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    def bits_per_dim(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), latent) of `high` given `low`, (B, 3, H, W) in [0, 1].
 
         Sides are cut to multiples of 8.
@@ -615,4 +609,4 @@ class UPTFlow(ms.System):
 
 
 if __name__ == "__main__":
-    sys.exit(ms.main(model_class=UPTFlow, config_class=UPTFlowConfig))
+    sys.exit(ms.main(system=UPTFlow))

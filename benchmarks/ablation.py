@@ -27,20 +27,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
-from support.files import write_csv  # noqa: E402
-from support.metrics import image_metrics  # noqa: E402
-from support.pictures import to_tensor  # noqa: E402
-from support.settings import read_config_file  # noqa: E402
+from support import settings  # noqa: E402
+from support.files import results_folder, write_csv  # noqa: E402
+from support.settings import UserError, complain  # noqa: E402
+
+RECIPE = str(ROOT / "configs" / "november_stage3.json")
+KINDS = (ms.Config, ms.Use)
 
 
-class Untouched(ms.ConditionalFlow):
+class Untouched(ms.System):
     """Gives back its input, which is not trained: what there is to win."""
+
+    def __init__(self, config: ms.Config) -> None:
+        super().__init__(config)
+        self.nothing = nn.Parameter(torch.zeros(()))  # an optimizer wants a parameter
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         return low
@@ -60,21 +66,22 @@ class WithoutFlow(ms.ConditionalFlow):
     No coupling touches it.
     """
 
-    def decode(self, latent: Tensor, condition: ms.Condition) -> Tensor:
+    def decode(self, condition: ms.Condition, noise: Tensor | None = None) -> Tensor:
+        latent, (height, width) = condition.prior_mean, condition.size
         squeezes = [
             layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))
         ]
         for layer in reversed(squeezes):
             latent = layer.inverse(latent)[0]
-        return ms.requantise(latent)
+        return ms.requantise(latent)[..., :height, :width]
 
 
 SHORT: dict[str, Any] = {"crop_size": 128, "learning_rate": 5e-4}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "input itself": {"model": Untouched, "nll_weight": 0.0},
+    "input itself": {"system": Untouched, "nll_weight": 0.0},
     "recipe": {},
-    "without global branch": {"model": WithoutGlobal},
-    "without flow (direct regression)": {"model": WithoutFlow, "nll_weight": 0.0},
+    "without global branch": {"system": WithoutGlobal},
+    "without flow (direct regression)": {"system": WithoutFlow, "nll_weight": 0.0},
     "L1 only": {"nll_weight": 0.0, "ssim_weight": 0.0, "colour_weight": 0.0},
     "without NLL": {"nll_weight": 0.0},
     "NLL weight 0.5": {"nll_weight": 0.5},
@@ -123,19 +130,11 @@ def validation_scores(trainer: ms.Trainer) -> dict[str, float]:
     native: list[dict[str, Any]] = []
     resized: list[dict[str, Any]] = []
     for index in trainer.validation:
-        low, high = (to_tensor(pixels)[None] for pixels in trainer.held_out[index])
-        small = [
-            ms.resize(image, trainer.config.image_size, quantise=True) for image in (low, high)
-        ]
-        for rows, (dark, target) in ((native, (low, high)), (resized, small)):
-            with trainer.runtime.autocast():
-                enhanced = model.enhance(dark).float()
-                likelihood = model.likelihood(target, dark) if trainer.config.nll_weight else None
-            pictures = [image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, target)]
-            rows.append(
-                image_metrics(*pictures)
-                | {"bits_per_dim": float(likelihood[0]) if likelihood else math.nan}
-            )
+        pair = trainer.held_out[index]
+        for rows, size in ((native, None), (resized, trainer.config.image_size)):
+            scored = ms.score_pair(model, *pair, size, ms.Use(), trainer.runtime, index)
+            trained = bool(trainer.config.nll_weight)  # else its likelihood means nothing
+            rows.append(scored.row if trained else scored.row | {"bits_per_dim": math.nan})
     means = {name: float(np.mean([row[name] for row in native])) for name in NATIVE}
     side = "x".join(map(str, trainer.config.image_size))
     return means | {
@@ -152,10 +151,11 @@ def train_and_score(
     name: str, minutes: float, seed: int, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """The scores of a variant's averaged weights on its validation pairs."""
-    settings = read_config_file(str(ROOT / "release_train_config.json"))
+    recipe = settings.read_all(KINDS, RECIPE, [], ())
     variant = dict(VARIANTS[name])
-    model_class = variant.pop("model", ms.ConditionalFlow)
-    folder = results_of(overrides) / "ablation" / f"{name.replace(' ', '_')}_{seed}"
+    system = variant.pop("system", ms.ConditionalFlow)
+    parent = str(results_of(overrides) / "ablation")
+    folder = results_folder(parent, f"{name.replace(' ', '_')}_{seed}")
     budget: dict[str, Any] = dict(
         max_minutes=minutes,
         num_epochs=100_000,
@@ -166,13 +166,14 @@ def train_and_score(
     budget |= dict(
         ema_decay=0.99, checkpoint_dir=str(folder), log_dir=str(folder / "logs"), seed=seed
     )
-    config = ms.apply_settings(
-        ms.Config(), settings | SHORT | budget | overrides | variant, "ablation"
-    )
-    trainer = ms.Trainer(config, model_class)
+    budget["init_from"] = ""
+    chosen = recipe | SHORT | budget | overrides | variant
+    config = settings.build(ms.Config, chosen, "ablation")
+    use = settings.build(ms.Use, chosen, "ablation")
+    trainer = ms.Trainer(config, use, system)
     with contextlib.redirect_stdout(io.StringIO()):
-        if model_class is not Untouched:
-            trainer.fit()
+        if system is not Untouched and (status := trainer.fit()):
+            sys.exit(status)
     means = {name: round(value, 4) for name, value in validation_scores(trainer).items()}
     shown: dict[str, Any] = {
         key: value.__name__ if isinstance(value, type) else value
@@ -188,8 +189,8 @@ def train_and_score(
     }
 
 
-def main() -> None:
-    """Run the named variants, one after the other."""
+def main() -> int:
+    """Run the named variants, one after the other; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,14 +201,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.variants) - VARIANTS.keys():
         parser.error(f"unknown variant {unknown.pop()!r}; there are {', '.join(VARIANTS)}")
-    overrides = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    table = results_of(overrides) / "ablation.csv"
-    for name in arguments.variants or VARIANTS:
-        row = train_and_score(name, arguments.minutes, arguments.seed, overrides)
-        rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
-        write_csv(table, [*rows, row])
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    try:
+        overrides = settings.read_all(KINDS, None, arguments.set, ())
+        table = results_of(overrides) / "ablation.csv"
+        for name in arguments.variants or VARIANTS:
+            row = train_and_score(name, arguments.minutes, arguments.seed, overrides)
+            rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
+            write_csv(table, [*rows, row])
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    except UserError as error:
+        return complain(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,7 +43,7 @@ from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
 sys.path.insert(0, str(ROOT))
 from support import files
 
-RELEASE = "release_train_config.json"
+RELEASE = "configs/november_stage3.json"
 RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
 COMPILED, PLAIN = "torch.compile", "contiguous layout"
 SMALL = 128  # side of the published protocol's pictures
@@ -95,7 +95,7 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
         settings |= dict(
             log_dir=folder / "logs", batch_size=4, max_minutes=5 * seconds / 60, num_epochs=10_000
         )
-        settings |= dict(val_freq=10_000, save_freq=10_000)
+        settings |= dict(val_freq=10_000, save_freq=10_000, init_from="")
         launch = [
             sys.executable,
             "-m",
@@ -303,9 +303,8 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None].to(device)
-    model, config, runtime, _ = ms.load_model(
-        checkpoint, {"device": device}, ms.ConditionalFlow, ms.Config
-    )
+    loaded = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow)
+    model, use, runtime = loaded[:3]
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:
@@ -315,7 +314,7 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
         return one
 
     works: dict[str, Callable[[], object]] = {
-        "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, config, runtime),
+        "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, use, runtime),
         "stand-in": passes(StandIn().to(device).enhance),
     }
     if compiles():
@@ -335,10 +334,9 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     yield sizes(arguments.checkpoint, arguments.largest, folder)
     yield scaling(folder, arguments.seconds)
 
-    import model_script as ms
     from support.runtime import choose_runtime
 
-    device = choose_runtime(ms.Config()).device.type
+    device = choose_runtime("auto", mixed=False).device.type
     trainers = make_trainers(device, folder)
     yield training(trainers, device, arguments.rounds, arguments.seconds)
     yield enhancement(trainers, arguments.checkpoint, device, arguments.rounds)
@@ -378,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of one turn")
     parser.add_argument("--largest", type=float, default=24, help="megapixels")

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +37,15 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import model_script as ms  # noqa: E402
-from baselines import SYSTEMS, classes  # noqa: E402
-from support.checkpoints import load_checkpoint  # noqa: E402
+from baselines import SYSTEMS, system_class  # noqa: E402
+from support import settings  # noqa: E402
+from support.checkpoints import load_checkpoint, newest_checkpoint  # noqa: E402
 from support.files import atomic_path, results_folder, write_csv  # noqa: E402
+from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import write_image  # noqa: E402
-from support.runtime import Runtime, choose_runtime  # noqa: E402
-from support.settings import OneLineParser, UserError, complain, read_config_file  # noqa: E402
+from support.runtime import choose_runtime  # noqa: E402
+from support.scenes import training_twins  # noqa: E402
+from support.settings import OneLineParser, UserError, complain  # noqa: E402
 
 # by --minutes and the results folder
 GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")
@@ -61,11 +65,11 @@ class Floor(ms.System):
 
     def __init__(self, name: str, config: ms.Config) -> None:
         super().__init__(config)
-        self.name = name
+        self.kind = name
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         image = low[0].permute(1, 2, 0).double().cpu().numpy()
-        if self.name == "gamma 0.4":
+        if self.kind == "gamma 0.4":
             image = skimage.exposure.adjust_gamma(image, 0.4)
         else:  # each channel by itself: that takes the infrared tint away, too
             image = np.stack(
@@ -82,11 +86,17 @@ class Task(NamedTuple):
     weights: dict[str, Path]
     only: list[str]
     overrides: dict[str, Any]
-    base: ms.Config
+    config: ms.Config
+    use: ms.Use
+
+    def store(self) -> ms.PairStore:
+        """The pairs to score."""
+        room, skip = self.use.cache_megabytes * 2**20, self.config.on_bad_file == "skip"
+        return ms.PairStore(evaluation_pairs(self.use), room, skip)
 
 
 def read_command_line(
-    description: str | None, minutes: float, systems: dict[str, str], **settings: Any
+    description: str | None, minutes: float, systems: dict[str, str], **defaults: Any
 ) -> Task:
     """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE.
 
@@ -107,13 +117,12 @@ def read_command_line(
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
         raise UserError(f"--minutes must be above 0, got {arguments.minutes:g}")
-    overrides = ms.typed_settings(
-        ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
-    )
+    overrides = settings.read_all((ms.Config, ms.Use), None, arguments.set, ())
     for key in GIVEN:
         if key in overrides:
             raise UserError(f"--set {key}: --minutes and results_dir say that here; leave it out")
-    base = ms.apply_settings(ms.Config(), settings | overrides, "--set")
+    config = settings.build(ms.Config, defaults | overrides, "--set")
+    use = settings.build(ms.Use, defaults | overrides, "--set")
     weights = {}
     for name, _, path in (text.partition("=") for text in arguments.weights):
         if name not in systems:
@@ -121,9 +130,9 @@ def read_command_line(
                 f"--weights {name}={path}: write NAME=FILE with one of the names"
                 f" {'; '.join(systems)}"
             )
-        ms.check_system(load_checkpoint(path), path, classes(systems[name])[0])
+        ms.load_model(path, overrides, system_class(systems[name]))
         weights[name] = Path(path)
-    return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, base)
+    return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, config, use)
 
 
 def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
@@ -131,15 +140,14 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
 
     Ctrl-C ends it all.
     """
-    model_class, config_class = classes(system)
-    settings = (
-        read_config_file(str(ROOT / SYSTEMS[system][3]))
-        | {"device": task.base.device}
-        | task.overrides
-    )
-    settings |= {"max_minutes": task.minutes, "num_epochs": 100_000, **(changes or {})}
-    settings |= {"checkpoint_dir": str(folder), "log_dir": str(folder / "logs")}
-    status = ms.Trainer(ms.apply_settings(config_class(), settings, system), model_class).fit()
+    kind = system_class(system)
+    kinds = (kind.config_class, ms.Use)
+    chosen = settings.read_all(kinds, str(ROOT / SYSTEMS[system][2]), [], kind.unused)
+    chosen |= {"device": task.use.device} | task.overrides
+    chosen |= {"max_minutes": task.minutes, "num_epochs": 100_000, **(changes or {})}
+    chosen |= {"checkpoint_dir": str(folder), "log_dir": str(folder / "logs")}
+    config, use = (settings.build(kind, chosen, system) for kind in kinds)
+    status = ms.Trainer(config, use, kind).fit()
     if status:
         sys.exit(status)
     return folder / "best_model.pth"
@@ -147,12 +155,10 @@ def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None 
 
 def training_speed(weights: Path) -> float:
     """Training images a second, by the newest checkpoint beside the weights; nan without one."""
-    checkpoints = sorted(
-        weights.parent.glob("checkpoint_epoch_*.pth"), key=lambda path: path.stat().st_mtime
-    )
-    if not checkpoints:
+    path = newest_checkpoint(weights.parent)
+    if path is None:
         return float("nan")
-    newest = load_checkpoint(str(checkpoints[-1]))
+    newest = load_checkpoint(path)
     return (
         newest["training"]["step"]
         * newest["config"]["batch_size"]
@@ -167,10 +173,8 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
         Image.fromarray(
             np.random.default_rng(0).integers(0, 40, (400, 600, 3), dtype=np.uint8)
         ).save(low)
-        code = "import resource, sys, torch; from {0} import *; import model_script as ms; "
-        code += (
-            "status = ms.main(sys.argv[1:], {1}, {2}); gpu = torch.cuda.max_memory_allocated(); "
-        )
+        code = "import resource, sys, torch; from {0} import {1}; import model_script as ms; "
+        code += "status = ms.main(sys.argv[1:], {1}); gpu = torch.cuda.max_memory_allocated(); "
         code += (
             "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gpu);"
             " sys.exit(status)"
@@ -184,7 +188,7 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
             str(low),
         ]
         arguments += ["--output", f"{name}/out.png", "--set", f"device={device}"]
-        command = ["-c", code.format(*SYSTEMS[system][:3]), *arguments]
+        command = ["-c", code.format(*SYSTEMS[system][:2]), *arguments]
         # as a shell's child: a process counts at birth the memory of the one that forked it, which
         # holds torch here
         done = subprocess.run(
@@ -201,15 +205,11 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
 
 
 def score(
-    model: ms.System,
-    config: ms.Config,
-    runtime: Runtime,
-    store: ms.PairStore,
-    twins: list[bool | None],
+    loaded: ms.Loaded, store: ms.PairStore, twins: Sequence[bool | None]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(mean metrics, low, enhanced and high pictures by name)."""
     rows, low, enhanced, high = [], {}, {}, {}
-    for scored in ms.score_pairs(model, store, config, runtime, twins):
+    for scored in ms.score_pairs(loaded, store, twins):
         name = Path(scored.row["filename"]).stem
         rows.append(scored.row)
         low[name], enhanced[name], high[name] = scored.low, scored.enhanced, scored.high
@@ -241,27 +241,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def compare(task: Task) -> None:
     """Train or load, score, and write the comparison."""
-    base, weights = task.base, task.weights
-    store = ms.PairStore(ms.evaluation_pairs(base), base)
-    folder = results_folder(base.results_dir, "comparison")
+    use, weights, store = task.use, task.weights, task.store()
+    folder = results_folder(use.results_dir, "comparison")
     rows: list[dict[str, Any]] = []
     shown: dict[str, dict[str, Tensor]] = {}
-    twins: list[bool | None] = [None] * len(store)
+    twins: Sequence[bool | None] = [None] * len(store)
     for system in task.only:
         if system not in weights:
             weights[system] = train(system, task, folder / "weights" / system)
-        settings = task.overrides | {"eval_size": base.eval_size}
-        model, config, runtime, checkpoint = ms.load_model(
-            str(weights[system]), settings, *classes(system)
-        )
-        twins = ms.training_twins(store, checkpoint)
-        means, low, shown[system], high = score(model, config, runtime, store, twins)
-        costs = [enhance_cost(system, weights[system], base.device) for _ in range(3)]
+        given = task.overrides | {"eval_size": use.eval_size}
+        loaded = ms.load_model(str(weights[system]), given, system_class(system))
+        twins = training_twins(store.thumbnails, loaded.checkpoint)
+        means, low, shown[system], high = score(loaded, store, twins)
+        costs = [enhance_cost(system, weights[system], use.device) for _ in range(3)]
         seconds, memory = (
             statistics.median(cost[0] for cost in costs),
             max(cost[1] for cost in costs),
         )
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
         rows.append(
             {
                 "system": system,
@@ -278,9 +275,8 @@ def compare(task: Task) -> None:
         print(rows[-1], flush=True)
         write_csv(folder / "comparison.csv", rows)
     for name in ("gamma 0.4", "histogram equalisation"):
-        means, low, shown[name], high = score(
-            Floor(name, base), base, choose_runtime(base), store, twins
-        )
+        floor = ms.Loaded(Floor(name, task.config), use, choose_runtime(use.device, False), {})
+        means, low, shown[name], high = score(floor, store, twins)
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]

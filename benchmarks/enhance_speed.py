@@ -99,9 +99,10 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
 
     import model_script as ms
     from support.pictures import to_tensor
+    from support.settings import read_all
 
-    settings = dict(ms.parse_assignment(text, ms.Config) for text in assignments)
-    model, config, runtime, _ = ms.load_model(checkpoint, settings, ms.ConditionalFlow, ms.Config)
+    given = read_all((ms.Config, ms.Use), None, assignments, ())
+    model, use, runtime = ms.load_model(checkpoint, given, ms.ConditionalFlow)[:3]
     stand_in = StandIn().eval()
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None]
@@ -114,7 +115,7 @@ def against_stand_in(checkpoint: str, assignments: list[str], rounds: int) -> No
 
     ours, theirs = [], []
     for turn in range(rounds + 1):
-        ours.append(timed(lambda: ms.enhance_pixels(model, pixels, config, runtime)))
+        ours.append(timed(lambda: ms.enhance_pixels(model, pixels, use, runtime)))
         theirs.append(timed(lambda: stand_in.enhance(low)))
         if turn:  # the first warms both up
             print(
@@ -133,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--largest", type=float, default=24, help="megapixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

@@ -16,18 +16,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import to_tensor  # noqa: E402
 from support.runtime import Runtime  # noqa: E402
-from support.settings import UserError, complain  # noqa: E402
+from support.settings import UserError, complain, read_all  # noqa: E402
 
 
 class Bench(NamedTuple):
     """A loaded model and the evaluation pairs, (H, W, 3) uint8 low and high."""
 
-    model: ms.ConditionalFlow
-    config: ms.Config
+    loaded: ms.Loaded
+    use: ms.Use
     runtime: Runtime
     store: ms.PairStore
+
+    def model(self, low: np.ndarray) -> ms.ConditionalFlow:
+        """The network that is for `low`."""
+        return self.loaded.choose(low)[0]
 
     def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(name, low, high) in order."""
@@ -43,20 +48,18 @@ def open_bench(description: str | None) -> Bench:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ms.RELEASE))
+    parser.add_argument("--checkpoint", default=str(ms.RELEASED))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        settings = ms.typed_settings(
-            ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
-        )
-        model, config, runtime, _ = ms.load_model(
-            arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
-        )
-        store = ms.PairStore(ms.evaluation_pairs(config), config)
+        given = read_all((ms.Config, ms.Use), None, arguments.set, ())
+        loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
+        use, skip = loaded.use, loaded.model.config.on_bad_file == "skip"
+        room = use.cache_megabytes * 2**20
+        store = ms.PairStore(evaluation_pairs(use), room, skip)
     except UserError as error:
         sys.exit(complain(error))
-    return Bench(model, config, runtime, store)
+    return Bench(loaded, use, loaded.runtime, store)
 
 
 def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
@@ -67,4 +70,4 @@ def batch(pixels: np.ndarray, bench: Bench) -> Tensor:
 @torch.no_grad()
 def enhance(bench: Bench, low: np.ndarray) -> np.ndarray:
     """(H, W, 3) float64 in [0, 1]: the best answer."""
-    return ms.enhance_pixels(bench.model, low, bench.config, bench.runtime).best / 65535
+    return ms.enhance_pixels(bench.model(low), low, bench.use, bench.runtime).best / 65535

@@ -28,15 +28,13 @@ def through_the_model(bench: Bench, low: np.ndarray, mean: float) -> np.ndarray:
 
     The shift is found by bisection.
     """
-    height, width = low.shape[:2]
     with bench.runtime.autocast():
-        condition = bench.model._condition_whole(batch(low, bench))
+        condition = bench.model(low).condition(batch(low, bench))
         down, up = -4.0, 4.0
         for _ in range(12):
             shift = (down + up) / 2
-            picture = bench.model.decode(condition.prior_mean + shift, condition)[
-                0, :, :height, :width
-            ].float()
+            shifted = condition._replace(prior_mean=condition.prior_mean + shift)
+            picture = bench.model(low).decode(shifted)[0].float()
             down, up = (shift, up) if float(picture.mean()) < mean else (down, shift)
     return picture.permute(1, 2, 0).double().cpu().numpy()
 

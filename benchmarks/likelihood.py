@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from eval_pairs import batch, open_bench
 
-import model_script as ms
+from support.pictures import resize
 
 
 @torch.no_grad()
@@ -23,15 +23,16 @@ def main() -> None:
     pairs = list(bench.pairs())
     bits = []
     for index, (_, low, high) in enumerate(pairs):
-        wrong = ms.resize(
+        wrong = resize(
             batch(pairs[(index + len(pairs) // 2) % len(pairs)][1], bench), high.shape[:2]
         )
-        torch.manual_seed(bench.config.seed)
+        model = bench.model(low)
+        torch.manual_seed(model.config.seed)
         with bench.runtime.autocast():
-            right_bits = bench.model.likelihood(batch(high, bench), batch(low, bench))[0]
-        torch.manual_seed(bench.config.seed)  # the same dequantisation noise
+            right_bits = model.bits_per_dim(batch(high, bench), batch(low, bench))[0]
+        torch.manual_seed(model.config.seed)  # the same dequantisation noise
         with bench.runtime.autocast():
-            wrong_bits = bench.model.likelihood(batch(high, bench), wrong)[0]
+            wrong_bits = model.bits_per_dim(batch(high, bench), wrong)[0]
         bits.append((float(right_bits), float(wrong_bits)))
     right, wrong = np.array(bits).T
     print(

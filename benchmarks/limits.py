@@ -17,7 +17,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
 from support.metrics import GREY, match_mean, psnr_of, ssim_of  # noqa: E402
-from support.pictures import to_tensor  # noqa: E402
+from support.pairs import training_data  # noqa: E402
+from support.settings import UserError, complain, read_all  # noqa: E402
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -48,7 +48,6 @@ def altered(enhanced: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-@torch.no_grad()
 def main() -> None:
     """Print a line for each kind of picture.
 
@@ -57,25 +56,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ms.RELEASE))
+    parser.add_argument("--checkpoint", default=str(ms.RELEASED))
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    settings = dict(ms.parse_assignment(text, ms.Config) for text in arguments.set)
-    model, config, runtime, _ = ms.load_model(
-        arguments.checkpoint, settings, ms.ConditionalFlow, ms.Config
-    )
-    store, training, held_out, validation = ms.training_data(config)
+    try:
+        given = read_all((ms.Config, ms.Use), None, arguments.set, ())
+        model, use, runtime = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)[:3]
+        store, training, held_out, validation = training_data(
+            model.config, use.cache_megabytes * 2**20
+        )
+    except UserError as error:
+        sys.exit(complain(error))
     rows = defaultdict(list)
     for kind, pairs, chosen in (
         ("training", store, training[:: arguments.every]),
         ("validation", held_out, validation),
     ):
         for index in chosen:
-            low, high = (to_tensor(pixels) for pixels in pairs[index])
-            with runtime.autocast():
-                enhanced = model.enhance(low[None].to(runtime.device))[0].float().cpu()
-            output, target = (image.permute(1, 2, 0).double().numpy() for image in (enhanced, high))
+            low, high = pairs[index]
+            output = ms.enhance_pixels(model, low, use, runtime).best / 65535
+            target = high / 255
             pictures = {kind: output} | (altered(output, target) if kind == "validation" else {})
             for name, picture in pictures.items():
                 picture = picture.clip(0, 1)

@@ -33,10 +33,10 @@ from compare import Task, markdown, read_command_line, train
 from scipy.ndimage import gaussian_filter
 
 import model_script as ms
-from baselines import classes
+from baselines import system_class
 from support.files import results_folder, write_csv
 from support.metrics import image_metrics, psnr_of
-from support.pictures import to_tensor, write_image
+from support.pictures import resize, to_tensor, write_image
 from support.settings import UserError, complain
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def findings(
     model: ms.System, low: torch.Tensor, high: torch.Tensor
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """(The figures of one pair (1, 3, H, W), the pictures of its strip.)"""
-    small_low, small_high = (ms.resize(image, (128, 128), quantise=True) for image in (low, high))
+    small_low, small_high = (resize(image, (128, 128), quantise=True) for image in (low, high))
     maps, enhanced = model.pictures(low), model.enhance(low)
     ours, target = (image[0].permute(1, 2, 0).double().numpy() for image in (enhanced, high))
     pictures = [
@@ -97,18 +97,16 @@ def findings(
 @torch.no_grad()
 def measure(task: Task) -> None:
     """Train or load each variant, measure, write."""
-    base, weights = task.base, task.weights
-    store = ms.PairStore(ms.evaluation_pairs(base), base)
-    folder = results_folder(base.results_dir, "retinexnet_findings")
+    weights, store = task.weights, task.store()
+    folder = results_folder(task.use.results_dir, "retinexnet_findings")
     table = []
     for name in task.only:
         plain = name.replace(", ", "_")
         if name not in weights:
             with torch.enable_grad():
                 weights[name] = train("RetinexNet", task, folder / plain, VARIANTS[name])
-        model, *_ = ms.load_model(
-            str(weights[name]), {**VARIANTS[name], "device": "cpu"}, *classes("RetinexNet")
-        )
+        given = VARIANTS[name] | {"device": "cpu"}
+        model = ms.load_model(str(weights[name]), given, system_class("RetinexNet")).model
         rows = []
         for index in range(len(store)):
             low, high = (to_tensor(pixels)[None] for pixels in store[index])

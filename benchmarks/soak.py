@@ -75,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--config", default=str(ROOT / "release_train_config.json"))
+    parser.add_argument("--config", default=str(ROOT / "configs" / "november_stage3.json"))
     parser.add_argument("--pairs", type=int, default=236, help="generated pairs")
     parser.add_argument("--every", type=float, default=30, help="seconds between samples")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -93,7 +93,7 @@ def main() -> None:
         settings = dict(
             max_minutes=arguments.minutes, num_epochs=1_000_000, val_freq=1, keep_checkpoints=1
         )
-        settings |= dict(checkpoint_dir=best.parent, log_dir=folder / "logs")
+        settings |= dict(checkpoint_dir=best.parent, log_dir=folder / "logs", init_from="")
         if "train_low_dir" not in given:
             write_pairs(folder, arguments.pairs)
             settings |= dict(train_low_dir=folder / "low", train_high_dir=folder / "high")

@@ -43,7 +43,8 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from baselines import classes  # noqa: E402
+from baselines import system_class  # noqa: E402
+from support import settings  # noqa: E402
 
 CHANNELS, BINS = 96, 64
 
@@ -152,16 +153,13 @@ def trainer_on_noise(
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
                 folder / part / f"{name}.png"
             )
-    model_class, config_class = classes(system)
-    settings = model_script.read_config_file(str(ROOT / recipe)) | changes
-    settings |= {
-        "train_low_dir": str(folder / "low"),
-        "train_high_dir": str(folder / "high"),
-        "num_epochs": 10_000,
-    }
-    return model_script.Trainer(
-        model_script.apply_settings(config_class(), settings, "benchmark"), model_class
-    )
+    kind = system_class(system)
+    kinds = (kind.config_class, model_script.Use)
+    given = settings.read_all(kinds, str(ROOT / recipe), [], kind.unused) | changes
+    given |= dict(train_low_dir=str(folder / "low"), train_high_dir=str(folder / "high"))
+    given |= dict(num_epochs=10_000, init_from="", checkpoint_dir=str(folder / "weights"))
+    config, use = (settings.build(each, given, "benchmark") for each in kinds)
+    return model_script.Trainer(config, use, kind)
 
 
 def first_batch(trainer: model_script.Trainer) -> model_script.Sample:

@@ -23,10 +23,10 @@ import model_script as ms
 def main() -> None:
     """Print the mean, the least and the correlation between pictures."""
     bench = open_bench(__doc__)
-    config = dataclasses.replace(bench.config, uncertainty=True)
+    use = dataclasses.replace(bench.use, uncertainty=True)
     within, deviations, errors = [], [], []
     for _, low, high in bench.pairs():
-        found = ms.enhance_pixels(bench.model, low, config, bench.runtime)
+        found = ms.enhance_pixels(bench.model(low), low, use, bench.runtime)
         assert found.deviation is not None
         error = np.abs(found.best / 65535 - high / 255).mean(-1)
         blurred = [

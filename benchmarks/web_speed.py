@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "best_model.pth"))
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
     parser.add_argument("--together", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
         port = free.getsockname()[1]
     command = [
         sys.executable,
-        str(ROOT / "web_app.py"),
+        str(ROOT / "tools" / "web_app.py"),
         "--checkpoint",
         arguments.checkpoint,
         "--port",

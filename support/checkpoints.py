@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickletools
+import time
 import warnings
 import zipfile
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
+from torch import Tensor
 
-from support.files import atomic_path
-from support.settings import UserError, shown
+from support.cameras import check_probe
+from support.files import atomic_path, make_folder, write_bytes
+from support.processes import restarted
+from support.settings import UserError, build, is_text, read_settings, shown
 
 FORMAT_VERSION = 1
-
-
-RUN_FILE = ".run_id"  # in checkpoint_dir: the run that trains there
-
-
 # all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some
 # fill the memory from 50 bytes
+STORED = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {kind}Storage"
-    for kind in (
-        "Float",
-        "Double",
-        "Half",
-        "BFloat16",
-        "Long",
-        "Int",
-        "Short",
-        "Char",
-        "Byte",
-        "Bool",
-    )
+    f"torch {kind}Storage" for kind in STORED
 }
-
-
 LONGEST_PICKLE = 2**24
 
 
@@ -69,9 +55,17 @@ def refuse_hostile(path: str) -> None:
                     )
 
 
-def load_checkpoint(path: str) -> dict[str, Any]:
+def refuse_other_system(checkpoint: dict[str, Any], path: str, ours: str) -> None:
+    """Raises UserError where a checkpoint holds another system's weights than `ours`."""
+    theirs = checkpoint.get("system", "ConditionalFlow")
+    if theirs != ours:
+        hint = "use the script that trained them"
+        raise UserError(f"{path}: holds weights of {theirs}, not of {ours}; {hint}")
+
+
+def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU; nothing pickled is ever executed. Raises
-    UserError."""
+    UserError, also for another `system` than that, where one is named."""
     try:
         refuse_hostile(path)
         with warnings.catch_warnings():
@@ -79,10 +73,12 @@ def load_checkpoint(path: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except FileNotFoundError:
+        hint = "--mode train writes it; the released weights are checkpoints/released.pth"
+        raise UserError(f"{path}: no such checkpoint; {hint}") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the checkpoint ({error.strerror or 'damaged file'})"
-        ) from None
+        reason = error.strerror or "damaged file"
+        raise UserError(f"{path}: cannot read the checkpoint ({reason})") from None
     # torch.load raises many kinds for hostile or damaged files; each is the same to the user
     except Exception as error:
         raise UserError(
@@ -105,7 +101,89 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a checkpoint of this script (its system and run_id are no texts)"
         )
+    if system:  # before its config is read: another system has other keys
+        refuse_other_system(content, path, system)
     return content
+
+
+def stored_config(
+    checkpoint: dict[str, Any], path: str, given: dict[str, Any], kind: type, retired: Iterable[str]
+) -> Any:
+    """The checkpoint's own config under the settings `given`.
+
+    Data folders recorded in the checkpoint count only where they exist: weights travel, data sets
+    do not. `retired` keys are dropped. Raises UserError where `given` names another architecture.
+    """
+    known = {k: v for k, v in checkpoint["config"].items() if k not in set(retired)}
+    stored = read_settings([kind], known, path)
+    data = ("_low_dir", "_high_dir")
+    here = {k: v for k, v in stored.items() if not k.endswith(data) or os.path.isdir(v)}
+    for key in dataclasses.fields(kind):
+        mine = stored.get(key.name, getattr(kind(), key.name))
+        if key.metadata["architecture"] and given.get(key.name, mine) != mine:
+            clash = f"{path} was trained with {mine}, the config says {given[key.name]}"
+            raise UserError(f"{key.name}: {clash}; drop one")
+    return build(kind, here | given, path)
+
+
+@torch.no_grad()
+def load_weights(model: Any, checkpoint: dict[str, Any], path: str) -> None:
+    """Put a checkpoint's weights into `model`, which may be on the meta device.
+
+    Raises UserError when they are another system's, do not fit, are not finite or not invertible.
+    """
+    refuse_other_system(checkpoint, path, model.name())
+    try:
+        weights = dict(checkpoint["model"])
+        for name, wanted in model.state_dict().items():
+            found = weights[name]
+            if (found.shape, found.is_floating_point()) != (
+                wanted.shape,
+                wanted.is_floating_point(),
+            ):
+                raise TypeError
+            weights[name] = found.to(wanted.dtype)  # released ones may be stored in 16 bits
+        model.load_state_dict(weights, assign=any(p.is_meta for p in model.parameters()))
+    except (RuntimeError, AttributeError, TypeError, KeyError):
+        hint = "the weights do not fit the architecture that its config describes"
+        raise UserError(f"{path}: {hint}") from None
+    matrices = [
+        layer.weight() for layer in model.modules() if callable(getattr(layer, "weight", None))
+    ]
+    if not all(bool(part.isfinite().all()) for part in [*model.parameters(), *matrices]):
+        raise UserError(f"{path}: holds weights that are not finite; go back to an earlier one")
+    if any(bool(torch.linalg.inv_ex(matrix).info) for matrix in matrices):
+        raise UserError(f"{path}: holds weights that cannot be inverted; go back to an earlier one")
+
+
+def build_model(system: type[Any], config: Any, checkpoint: dict[str, Any], path: str) -> Any:
+    """A model of the checkpoint's weights, built without memory of its own until they fit.
+
+    Raises UserError, see `load_weights`.
+    """
+    try:
+        with torch.device("meta"):
+            model = system(config)
+    except RuntimeError:  # a class that computes with its weights as it is built
+        model = system(config)
+    load_weights(model, checkpoint, path)
+    if any(buffer.is_meta for buffer in model.buffers()):  # those that are not stored
+        model = system(config)
+        load_weights(model, checkpoint, path)
+    return model
+
+
+def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any], Tensor]:
+    """(the second network of released weights, for infrared pictures, as a checkpoint of its own;
+    the table by which `support.cameras` tells the cameras apart).
+
+    Raises UserError where it, or the table that tells the cameras apart, is damaged.
+    """
+    found = checkpoint["cameras"]
+    if type(found) is not dict or "infrared" not in found:
+        raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
+    probe = check_probe(found.get("probe"), path)
+    return checkpoint | {"model": found["infrared"]}, probe
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -122,34 +200,81 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             ) from None
 
 
-def written_by(path: Path, run_id: str) -> bool:
-    """Whether the run `run_id` wrote the checkpoint `path`; an unreadable one counts as
-    another's."""
+def runs_in(folder: Path) -> list[Path]:
+    """The checkpoints that trainings left in `folder`, the one that was written last first."""
+    names = ("best_model.pth", "checkpoint_epoch_*.pth", "checkpoint_interrupted.pth")
+    found = [path for name in names for path in folder.glob(name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint in `folder` to resume from: the one that was written last."""
+    found = [path for path in runs_in(folder) if path.name != "best_model.pth"]
+    return str(found[0]) if found else None
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoint_epoch_N.pth of `folder`."""
+    epochs = [path for path in runs_in(folder) if path.name.startswith("checkpoint_epoch_")]
+    for path in epochs[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Raises UserError where a new training would meet another run's checkpoints."""
+    if found := runs_in(folder):
+        hint = f"go on with it by --resume {folder}, or name another checkpoint_dir"
+        raise UserError(f"{folder}: holds another run ({found[0].name}); {hint}")
+
+
+def claim_folder(folder: Path) -> None:
+    """Make `folder`, try to write there, and remove what a killed training left half-written.
+
+    Raises UserError where nothing can be written: better before the first step than after an epoch.
+    """
+    make_folder(folder)
+    write_bytes(folder / ".writable", b"")
+    (folder / ".writable").unlink()
+    for path in [*folder.glob(".checkpoint_*.pth"), *folder.glob(".best_model.*.pth")]:
+        if time.time() - path.stat().st_mtime > 60:  # a younger one may be another process's work
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def damage_is_one_line(path: str) -> Iterator[None]:
+    """Whatever goes wrong with a training state inside the block is a UserError that names it."""
     try:
-        return load_checkpoint(str(path)).get("run_id") == run_id
-    except UserError:
-        return False
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        hint = f"its training state is damaged ({type(error).__name__})"
+        raise UserError(f"{path}: {hint}; resume from another") from None
 
 
-def newest_checkpoint(folder: Path, run_id: str = "") -> str | None:
-    """The checkpoint to resume from that was written last in `folder`, by the run `run_id` if one
-    is named."""
-    found = [*folder.glob("checkpoint_epoch_*.pth"), *folder.glob("checkpoint_interrupted.pth")]
-    own = [path for path in found if path.stem.count("_") <= 2]  # those set aside carry a date
-    latest = sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((str(path) for path in latest if not run_id or written_by(path, run_id)), None)
+def check_training_state(
+    optimizer: torch.optim.Optimizer, step: int, minutes: float, best: float, run_id: str
+) -> None:
+    """Raises ValueError for what no training could have written."""
+    if step < 0 or not 0 <= minutes < float("inf") or best != best:
+        raise ValueError
+    # the run's name becomes a folder
+    if not is_text(run_id) or Path(run_id).name != run_id or run_id.startswith("."):
+        raise ValueError
+    if isinstance(optimizer, torch.optim.Adam):  # another may keep what it likes
+        for parameter, values in optimizer.state.items():
+            for value in values.values():
+                fits = value.shape in (parameter.shape, torch.Size())
+                if not fits or not bool(value.isfinite().all()):
+                    raise ValueError
 
 
-def set_aside(path: Path, run_id: str, log: Callable[[str], None] = print) -> None:
-    """Rename `path`, with its date, when another run wrote it: no run destroys another's
-    weights."""
-    if not path.exists() or written_by(path, run_id):
-        return
-    stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
-    aside = path.with_name(f"{path.stem}_{stamp}{path.suffix}")
-    for count in range(2, 1000):
-        if not aside.exists():
-            break
-        aside = path.with_name(f"{path.stem}_{stamp}_{count}{path.suffix}")
-    path.rename(aside)
-    log(f"{path} is another run's; it is now {aside}")
+def resume_from(given: str | None, folder: Path) -> str | None:
+    """The checkpoint to go on from: what --resume names, the newest where that is a folder, or the
+    newest of the run that torchrun starts again. Raises UserError for a folder without one."""
+    if restarted():
+        return newest_checkpoint(folder) or given
+    if not given or not os.path.isdir(given):
+        return given
+    newest = newest_checkpoint(Path(given))
+    if newest is None:
+        raise UserError(f"--resume {given}: no checkpoint_epoch_N.pth in this folder; name another")
+    return newest

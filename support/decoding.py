@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from support.settings import UserError
 
@@ -166,7 +166,7 @@ def read_image(path: str | Path) -> np.ndarray:
         orientation = exif_of(picture)[0]
         if picture.mode.startswith("I"):
             picture = Image.fromarray(np.rint(grey_levels(picture) / 257).astype(np.uint8))
-        return np.ascontiguousarray(turned(np.array(picture.convert("RGB")), orientation))
+        return np.ascontiguousarray(upright(np.array(picture.convert("RGB")), orientation))
 
 
 class Picture(NamedTuple):
@@ -184,59 +184,34 @@ class Picture(NamedTuple):
 
 
 ORIENTATION = 0x0112  # the EXIF tag
-
-
 # what a TIFF file lists as EXIF but says of its own pixels: size, depth, compression, strips,
 # tiles, channels, profile
-LAYOUT_TAGS = {
-    *range(254, 267),
-    273,
-    ORIENTATION,
-    *range(277, 280),
-    284,
-    317,
-    *range(320, 326),
-    338,
-    339,
-    347,
-    700,
-    34675,
-}
-
-
-# what makes a picture of that orientation upright
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: np.swapaxes(pixels, 0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.swapaxes(np.rot90(pixels, 2), 0, 1),
-    8: np.rot90,
-}
+LAYOUT_TAGS = {*range(254, 267), 273, ORIENTATION, *range(277, 280), 284, 317, *range(320, 326)}
+LAYOUT_TAGS |= {338, 339, 347, 700, 34675}
 
 
 # Pillow keeps the upper byte of 16-bit colour; told that the bytes lie the other way round, it
 # keeps the lower
 OTHER_BYTE = {f"{m};16{a}": f"{m};16{b}" for m in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
-
-
 OTHER_BYTE |= {
     f"{m};16N": f"{m};16{'B' if sys.byteorder == 'little' else 'L'}"
     for m in ("RGB", "RGBA", "RGBX")
 }
-
-
 OTHER_BYTE |= {"LA;16B": "RGBA"}  # all four bytes
 
 
-def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
-    """The pixels upright, by an EXIF orientation."""
-    return (
-        TURNS[orientation](pixels)
-        if isinstance(orientation, int) and orientation in TURNS
-        else pixels
-    )
+def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """(H, W, C) pixels as an EXIF orientation means them, by Pillow; 16 bits as twice 8."""
+    if orientation not in range(2, 9):
+        return pixels
+    if pixels.dtype == np.uint16:
+        lower, upper = (
+            upright(part, orientation) for part in (pixels.astype(np.uint8), pixels >> 8)
+        )
+        return lower | upper.astype(np.uint16) << 8
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.getexif()[ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
 def exif_of(picture: Image.Image) -> tuple[Any, bytes]:
@@ -297,13 +272,8 @@ def read_picture(source: Source) -> Picture:
         pixels = read_deep(source, picture)
         grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
         foreign = picture.mode in ("CMYK", "YCCK", "LAB", "HSV")
-        note = (
-            "grey: its colours are a guess"
-            if grey
-            else f"converted from {picture.mode}"
-            if foreign
-            else ""
-        )
+        note = f"converted from {picture.mode}" if foreign else ""
+        note = "grey: its colours are a guess" if grey else note
         if pixels is None:
             picture.load()  # a PNG may say that it is transparent after its pixels
             mode = "RGBA" if picture.has_transparency_data else "RGB"
@@ -311,7 +281,7 @@ def read_picture(source: Source) -> Picture:
         elif pixels.shape[-1] < 3:
             pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
         orientation, exif = exif_of(picture)
-        pixels = turned(pixels, orientation)
+        pixels = upright(pixels, orientation)
         return Picture(
             np.ascontiguousarray(pixels[..., :3]),
             np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import itertools
 import os
@@ -14,44 +13,18 @@ from typing import Any
 from tqdm import tqdm
 
 from support.decoding import SUFFIXES, VIDEO_SUFFIXES
-from support.files import ANY_NAME, write_csv
-from support.processes import from_all, from_first, my_share, progress_style, rank
+from support.files import write_csv
+from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
-
-def natural_key(name: str) -> list[Any]:
-    """Sort key that puts 9 before 10."""
-    digits = "".join(c if c.isdecimal() else " " for c in name).split()
-    return [[int(d) for d in digits], name]
+VIDEO_TOOL = "tools/enhance_video.py"
 
 
-def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
-    """Stem -> file of every picture in `folder`. Raises UserError for a missing folder or a stem
-    that two files share."""
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{key}: no folder {folder!r}; set it in the config or with --set {key}=FOLDER"
-        )
-    found: dict[str, Path] = {}
-    try:
-        listed = sorted(Path(folder).iterdir())
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions"
-        ) from None
-    for path in listed:
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
-            if path.stem in found:
-                raise UserError(
-                    f"{path}: has the same stem as {found[path.stem].name}; keep one of the two"
-                )
-            found[path.stem] = path
-    return found
-
-
-def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
-    """(input, output) of every picture that `given`, a folder or a pattern such as 'in/**/*.jpg',
-    means.
+def find_inputs(
+    given: str, output: str, suffixes: Sequence[str] = SUFFIXES
+) -> list[tuple[Path, Path]]:
+    """(input, output) of every file of `suffixes` that `given` means: a folder or a pattern such as
+    'in/**/*.jpg'.
 
     Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and
     links to folders, which may run in circles, are left out. Raises UserError when there is none.
@@ -69,29 +42,55 @@ def find_inputs(given: str, output: str) -> list[tuple[Path, Path]]:
             raise UserError(
                 f"--input {given}: no pattern ({error}); write one such as 'photos/**/*.jpg'"
             ) from None
-    if (
-        target.exists() and not target.is_dir()
-    ) or target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES:
+    names_file = target.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES
+    if names_file or (target.exists() and not target.is_dir()):
         raise UserError(f"--output {target}: {given} means many pictures, so name a folder")
     inside = target.resolve()
     if inside == root.resolve():
         raise UserError(f"--output {target}: is the input folder itself; choose another")
-    known = SUFFIXES + VIDEO_SUFFIXES
     seen = [
         path
         for path in found
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+        and inside not in path.resolve().parents
     ]
-    files = [
-        path
-        for path in seen
-        if path.suffix.lower() in known and path.is_file() and inside not in path.resolve().parents
-    ]
+    files = [path for path in seen if path.suffix.lower() in suffixes]
+    clips = len(seen) - len(files)
+    hint = f"{clips} {'clip' if clips == 1 else 'clips'} left out; python {VIDEO_TOOL} does them"
     if not files:
-        raise UserError(
-            f"--input {given}: no picture found; the suffixes looked for are {', '.join(known)}"
-        )
+        looked = f"the suffixes looked for are {', '.join(suffixes)}"
+        raise UserError(f"--input {given}: nothing found; {hint if clips else looked}")
+    if clips:
+        print(f"{given}: {hint}")
     return [(path, target / path.relative_to(root)) for path in files]
+
+
+def one_target(given: str, output: str, suffixes: Sequence[str]) -> Path:
+    """The file that `output` means for the one file `given`. Raises UserError."""
+    target = Path(output)
+    if Path(given).suffix.lower() in set(VIDEO_SUFFIXES) - set(suffixes):
+        raise UserError(f"--input {given}: is a clip; use python tools/enhance_video.py for it")
+    if target.is_dir() or output.endswith(("/", os.sep)):
+        target = target / Path(given).name
+    if target.suffix.lower() not in suffixes:
+        raise UserError(f"--output {target}: the suffix must be one of {', '.join(suffixes)}")
+    if target.exists() and os.path.exists(given) and target.samefile(given):
+        raise UserError(f"--output {target}: is the input itself; choose another name")
+    return target
+
+
+def means_many(given: str) -> bool:
+    """Whether --input is a folder or a pattern."""
+    return os.path.isdir(given) or (glob.has_magic(given) and not os.path.exists(given))
+
+
+def find_jobs(given: str, output: str, suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
+    """(input, output) of the file, folder or pattern `given`. Raises UserError."""
+    if means_many(given):
+        return find_inputs(given, output, suffixes)
+    return [(Path(given), one_target(given, output, suffixes))]
 
 
 ENHANCE_COLUMNS = (
@@ -107,68 +106,41 @@ ENHANCE_COLUMNS = (
 )
 
 
-def enhance_folder(
+def work_off(
     jobs: Sequence[tuple[Path, Path]],
     folder: Path,
     work: Callable[[Path, Path], dict[str, Any]],
     again: bool,
 ) -> int:
-    """Do every job that is not done, or every one `again`; enhance.csv in `folder` keeps a row of
-    each. 1 if any failed."""
-    table = folder / "enhance.csv"
-    rows: dict[str, dict[str, Any]] = {}
-    if table.exists():
-        try:
-            with open(table, newline="", encoding="utf-8", errors=ANY_NAME) as stream:
-                read = [
-                    {key: cell for key, cell in row.items() if key}
-                    for row in csv.DictReader(stream)
-                ]
-        except (OSError, csv.Error) as error:
-            raise UserError(
-                f"{table}: cannot read the table ({error}); rename or remove it"
-            ) from None
-        rows = {row["file"]: row for row in read if row.get("file")}
+    """Do every job that is not done, or every one `again`; 1 if any failed.
+
+    enhance.csv in `folder` has a row for each, also for those that an earlier run did.
+    """
+    empty = dict.fromkeys(ENHANCE_COLUMNS, "")
     # asked once, before anybody writes: the shares of several processes must come from one list
-    todo = from_first([(source, target) for source, target in jobs if again or not target.exists()])
-    print(f"{len(jobs)} pictures, {len(jobs) - len(todo)} of them already done")
-    # a run that was killed left its pictures and no table
-    for source, target in set(jobs) - set(todo):
-        made = {"file": str(source), "output": str(target), "note": "made by an earlier run"}
-        rows.setdefault(str(source), dict.fromkeys(ENHANCE_COLUMNS, "") | made)
-    done: dict[str, dict[str, Any]] = {}
+    todo = broadcast([(source, target) for source, target in jobs if again or not target.exists()])
+    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them already done")
+    rows: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
-        for source, target in tqdm(
-            my_share(todo), desc="enhancing", unit="image", **progress_style()
-        ):
+        for source, target in tqdm(shard(todo), desc="enhancing", unit="file", **progress_style()):
             try:
-                done[str(source)] = work(source, target)
+                rows[str(source)] = work(source, target)
             except UserError as error:
                 failed.append(" ".join(str(error).split()))
-                done[str(source)] = dict.fromkeys(ENHANCE_COLUMNS, "") | {
-                    "file": str(source),
-                    "note": f"failed: {failed[-1]}",
-                }
-        done = {name: row for share in from_all(done) for name, row in share.items()}
-        failed = [line for share in from_all(failed) for line in share]
+                rows[str(source)] = empty | {"file": source, "note": f"failed: {failed[-1]}"}
+        rows = {name: row for share in all_gather(rows) for name, row in share.items()}
+        failed = [line for share in all_gather(failed) for line in share]
     finally:
-        rows |= done
-        if rows and rank() == 0:
-            order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
-            write_csv(
-                table,
-                order
-                + [
-                    row
-                    for name, row in rows.items()
-                    if name not in {str(source) for source, _ in jobs}
-                ],
-            )
+        done = set(jobs) - set(todo)
+        for source, target in done:
+            note = {"file": source, "output": target, "note": "made by an earlier run"}
+            rows[str(source)] = empty | note
+        order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
+        if order and rank() == 0:
+            write_csv(folder / "enhance.csv", order)
     for line in failed if rank() == 0 else []:
         print(f"failed: {line}", file=sys.stderr)
-    print(
-        f"{folder}: {len(todo) - len(failed)} enhanced, {len(failed)} failed; enhance.csv lists"
-        " them"
-    )
+    count = f"{len(todo) - len(failed)} enhanced, {len(failed)} failed"
+    print(f"{folder}: {count}; enhance.csv lists them")
     return 1 if failed else 0

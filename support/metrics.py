@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import skimage
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the literature's test scripts
 
@@ -112,6 +114,32 @@ def load_lpips(
     return score
 
 
+def validation_means(
+    scores: Sequence[tuple[str, dict[str, float]]],
+) -> tuple[dict[str, float], float]:
+    """(means of (source, row) under SOURCE/NAME, what the best weights are chosen by).
+
+    The nameless source has plain names, and its PSNR chooses. Of several sources it is the mean
+    over them of (PSNR + GT-mean PSNR) / 2 + 20 SSIM: raw PSNR of few pairs is mostly brightness.
+    """
+    means: dict[str, float] = {}
+    choices = []
+    for source in dict.fromkeys(name for name, _ in scores):
+        rows = [row for name, row in scores if name == source]
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        mixed = (mean["psnr"] + mean["psnr_gt_mean"]) / 2 + 20 * mean["ssim"]
+        choices.append(mixed if source else mean["psnr"])
+        means |= {f"{source}/{name}" if source else name: value for name, value in mean.items()}
+    return means, float(np.mean(choices))
+
+
+def told(means: dict[str, float]) -> str:
+    """The validation means that a line has room for."""
+    names = ("psnr", "ssim", "psnr_gt_mean", "bits_per_dim")
+    shown = {name: value for name, value in means.items() if name.split("/")[-1] in names}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
 LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
 
 
@@ -119,7 +147,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean, deviation, median and the worst file of every metric."""
     summary = {}
     for name in rows[0]:
-        if name in ("filename", "twin_in_training"):
+        if name in ("filename", "twin_in_training", "camera"):
             continue
         values = np.array([row[name] for row in rows])
         # the worst colourfulness ratio is the one farthest from the target's
@@ -139,3 +167,37 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "uses_ground_truth": name.endswith("gt_mean"),
         }
     return summary
+
+
+def evaluation_summary(
+    rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of summary.json: of all pairs, of those without a twin in training, and
+    `facts`."""
+    means = summarise(rows)
+    alone = [row for row in rows if row["twin_in_training"] is False]
+    without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
+    return {
+        "num_images": len(rows),
+        "psnr": means["psnr"]["mean"],
+        "ssim": means["ssim"]["mean"],
+        "metrics": means,
+        "without_twins": without,
+        "seconds_per_image": means["seconds"]["median"],
+        "checkpoint": checkpoint,
+        "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "versions": {"python": sys.version.split()[0]}
+        | {module.__name__: module.__version__ for module in (torch, np, skimage)},
+        **facts,
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Means on all pairs and on those whose target was not trained on."""
+    parts = [("all", summary["num_images"], summary["metrics"])]
+    if summary["without_twins"]:
+        alone = summary["without_twins"]
+        parts.append(("no twin in training", alone["num_images"], alone["metrics"]))
+    for label, count, scores in parts:
+        means = "  ".join(f"{name} {value['mean']:.4g}" for name, value in scores.items())
+        print(f"{label} ({count}): {means}")

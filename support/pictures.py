@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from support.decoding import Picture
-from support.files import atomic_path
+from support.files import atomic_path, write_bytes
+from support.settings import UserError
 
 
 def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
@@ -23,10 +25,7 @@ def write_image(path: str | Path, image: Image.Image | Tensor) -> None:
     suffix sets the format."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(to_uint8(image))
     with atomic_path(path) as temporary:
-        lossy: dict[str, Any] = (
-            {"quality": 95} if temporary.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-        )
-        picture.save(temporary, **lossy)
+        picture.save(temporary, quality=95)  # which PNG, BMP and TIFF leave alone
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
@@ -36,14 +35,8 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 def to_uint16(image: Tensor) -> np.ndarray:
     """(H, W, 3) uint16 of a (3, H, W) tensor in [0, 1], rounded to nearest."""
-    return (
-        (image.detach().float().clamp(0, 1) * 65535)
-        .round()
-        .permute(1, 2, 0)
-        .cpu()
-        .numpy()
-        .astype(np.uint16)
-    )
+    levels = (image.detach().float().clamp(0, 1) * 65535).round().permute(1, 2, 0)
+    return levels.cpu().numpy().astype(np.uint16)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -51,6 +44,24 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / float(
         np.iinfo(pixels.dtype).max
     )
+
+
+def resize(image: Tensor, size: Sequence[int], quantise: bool = False) -> Tensor:
+    """(B, 3, h, w) of (B, 3, H, W): antialiased bilinear; `quantise` rounds to 8-bit levels, as a
+    resized file would be."""
+    if tuple(image.shape[-2:]) != tuple(size):
+        image = F.interpolate(
+            image, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
+        )
+    return (image * 255).round() / 255 if quantise else image
+
+
+def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
+    """`resize` of an (H, W, 3) picture to (1, 3, size, size), in bands: no float copy of a large
+    picture is made."""
+    bands = [to_tensor(pixels[top : top + 256])[None] for top in range(0, len(pixels), 256)]
+    narrow = torch.cat([resize(band, (band.shape[-2], size)) for band in bands], dim=-2)
+    return resize(narrow, (size, size))
 
 
 def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:
@@ -83,6 +94,20 @@ def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int 
         extras |= {"compress_level": 3} if suffix == ".png" else {}
         Image.fromarray(pixels).save(encoded, Image.registered_extensions()[suffix], **extras)
     return encoded.getvalue()
+
+
+def encode_or_explain(pixels: np.ndarray, path: Path, like: Picture, quality: int) -> bytes:
+    """`encode_picture` by the suffix of `path`; EXIF that the format cannot take is left out.
+
+    Raises UserError where it cannot hold the picture at all.
+    """
+    for source in (like, like._replace(exif=b"")):
+        try:
+            return encode_picture(pixels, path.suffix.lower(), source, quality)
+        except (OSError, ValueError, TypeError, RuntimeError, struct.error) as error:
+            problem = str(error) or type(error).__name__
+    hint = "choose another suffix"
+    raise UserError(f"{path}: the format cannot hold this picture ({problem}); {hint}")
 
 
 def encode_png16(pixels: np.ndarray, like: Picture) -> bytes:
@@ -146,19 +171,29 @@ def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
     return (low + high) / 2
 
 
-HEAT = np.array(
-    [[0, 0, 0], [90, 10, 110], [230, 80, 40], [255, 220, 90], [255, 255, 255]], np.float64
-)
-
-
 def heat_map(deviation: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 view of a deviation (H, W), black for 0 to white for its 99.5th
     percentile."""
-    share = 4095 / max(float(np.percentile(deviation, 99.5)), 1e-9)
-    colours = [
-        np.interp(np.linspace(0, len(HEAT) - 1, 4096), np.arange(len(HEAT)), HEAT[:, c])
-        for c in range(3)
-    ]
-    # a large picture's floats are gigabytes
-    place = np.clip(deviation * np.float32(share) + 0.5, 0, 4095).astype(np.uint16)
-    return np.rint(np.stack(colours, axis=-1)).astype(np.uint8)[place]
+    share = np.float32(255 / max(float(np.percentile(deviation, 99.5)), 1e-9))
+    grey = Image.fromarray(np.clip(deviation * share + 0.5, 0, 255).astype(np.uint8))
+    return np.asarray(ImageOps.colorize(grey, "black", "white", mid=(230, 80, 40)))
+
+
+def write_deviation(target: Path, deviation: np.ndarray) -> None:
+    """Beside `target`: NAME_uncertainty.png, 16 bits, of (H, W) in [0, 1], and a view of it."""
+    levels = np.rint(np.clip(deviation, 0, 1) * 65535).astype(np.uint16)
+    path = target.with_name(f"{target.stem}_uncertainty.png")
+    write_bytes(path, encode_png16(levels, Picture(levels)))
+    view = Image.fromarray(heat_map(deviation))
+    write_image(target.with_name(f"{target.stem}_uncertainty_view.png"), view)
+
+
+def contact_sheet(rows: Sequence[Image.Image], width: int = 1200) -> Image.Image:
+    """Captioned strips below each other, all `width` wide."""
+    from torchvision.utils import make_grid  # two seconds to import; only written sheets need it
+
+    strips = [ImageOps.scale(strip, width / strip.width) for strip in rows]
+    tallest = max(strip.height for strip in strips)
+    tensors = [to_tensor(np.asarray(strip)) for strip in strips]
+    padded = [F.pad(t, (0, 0, 0, tallest - t.shape[1]), value=1.0) for t in tensors]
+    return Image.fromarray(to_uint8(make_grid(padded, nrow=1, padding=6, pad_value=1.0)))

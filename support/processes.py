@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import (
-    contextmanager,
-    redirect_stdout,
-)
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from support.settings import UserError
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes do this job together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -32,39 +31,40 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def my_share(items: Sequence[Any]) -> Sequence[Any]:
+def shard(items: Sequence[Any]) -> Sequence[Any]:
     """Every n-th item, from this process's rank on."""
-    return items[rank() :: processes()]
+    return items[rank() :: world_size()]
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's `value`, in every process."""
     box = [value]
-    if processes() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def from_all(value: Any) -> list[Any]:
-    """Every process's `value`, by rank, in every process; none goes on before all have come
-    here."""
-    values = [value] * processes()
-    if processes() > 1:
+def all_gather(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, in every process. None goes on before all have come."""
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum of every process's `values`, in place."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 @contextmanager
 def process_group(mode: str, device: str) -> Iterator[None]:
-    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo. All but the first
-    fall silent."""
+    """Under torchrun, join the other processes: by nccl on CUDA, else by gloo.
+
+    All but the first fall silent. Raises UserError.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -73,67 +73,64 @@ def process_group(mode: str, device: str) -> Iterator[None]:
     here, place = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        if here > torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here; start"
-                " one process each"
-            )
+        count = torch.cuda.device_count()
+        if here > count:
+            hint = f"there are {count} GPUs here; start one process each"
+            raise UserError(f"--nproc_per_node={here}: {hint}")
         torch.cuda.set_device(place)
-    # torchrun's default, which leaves cores idle
-    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+    elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default idles cores
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // here))
-    where: dict[str, Any] = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if (
-            os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):
-            raise UserError(
-                "--max_restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on"
-                " each; set it there"
-            )
-        # torchrun's store outlives a restart, and with it the dead processes' addresses (pytorch
-        # issue 135712)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
-        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        where = dict(
-            store=dist.PrefixStore(attempt, store),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    dist.init_process_group("nccl" if cuda else "gloo", **where)
+    dist.init_process_group("nccl" if cuda else "gloo", **rendezvous())
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
-            from_all(True)  # leave together: who leaves a group that is still at work may crash
+            all_gather(True)  # leave together: who leaves a group that is at work may crash
     finally:
         # The group's threads must end before the interpreter does: one that then asks for the GIL
-        # aborts the process.
-        gc.collect()  # DistributedDataParallel holds the group and lies in a cycle
+        # aborts the process. DistributedDataParallel holds the group and lies in a cycle.
+        gc.collect()
         dist.destroy_process_group()
 
 
+def rendezvous() -> dict[str, Any]:
+    """Where the processes meet. torchrun's own store outlives a restart, and with it the addresses
+    of the dead (pytorch issue 135712): each attempt gets a prefix of its own."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    several_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several_hosts and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        switch = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        raise UserError(f"--max_restarts on several hosts needs {switch} on each; set it there")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return dict(
+        store=dist.PrefixStore(attempt, store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+def restarted() -> bool:
+    """Whether torchrun started this job again. Each host counts its own failures alone, so any
+    process that was restarted speaks for all."""
+    return any(all_gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+
 def progress_style() -> dict[str, Any]:
-    """tqdm settings: lively on a terminal, a line every half minute in a log file, nothing in all
-    but the first process."""
-    terminal = sys.stderr.isatty()
-    interval = 0.2 if terminal else 30.0
+    """tqdm settings: lively on a terminal, a line every half minute in a log, one process only."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
     return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
 
 
 @contextmanager
 def polite_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two; a second
-    Ctrl-C breaks."""
-    import signal
+    """Ctrl-C and SIGTERM append to the yielded list instead of breaking a step in two.
 
+    A second Ctrl-C breaks.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -151,27 +148,8 @@ def polite_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, torchrun's way to stop a process, raises KeyboardInterrupt, so that temporary files
-    are removed."""
-    import signal
-
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def ignore_interrupts(worker: int) -> None:
     """Loader processes leave Ctrl-C to the main one."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -184,28 +162,24 @@ def divide(batch: Sequence[Any], place: int, of: int, parts: int) -> list[tuple[
     """
     mine = np.array_split(np.arange(len(batch)), of)[place]
     chunks = [chunk for chunk in np.array_split(mine, parts) if len(chunk)]
-    return [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks] or [
-        ([batch[0]], 0.0)
-    ]
+    shares = [([batch[i] for i in chunk], len(chunk) / len(batch)) for chunk in chunks]
+    return shares or [([batch[0]], 0.0)]
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `folder` when the block succeeds in all processes and vanishes
+    """A hidden folder that becomes `folder` when the block succeeds in all processes, and vanishes
     when it does not."""
-    import shutil
-
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        yield from_first(temporary)
-        from_all(True)
+        yield broadcast(temporary)
+        all_gather(True)
         if rank() == 0:
             temporary.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write ({error.strerror or error}); check the folder and the free"
-            " space"
-        ) from None
+        reason = error.strerror or error
+        hint = "check the folder and the free space"
+        raise UserError(f"{folder}: cannot write ({reason}); {hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 from torch import nn
 
 from support.settings import UserError
@@ -37,37 +36,27 @@ class Runtime(NamedTuple):
         return type(sample)(*(part.to(self.device, non_blocking=True) for part in sample))
 
     def __str__(self) -> str:
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
+        threads = f"{torch.get_num_threads()} threads"
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else threads
         return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose_runtime(config: Any) -> Runtime:
-    """The device and precision that the config asks for. Raises UserError for a device that is not
-    there."""
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    name = (
-        next(n for n in ("cuda", "mps", "cpu") if there[n])
-        if config.device == "auto"
-        else config.device
-    )
+def choose_runtime(device: str, mixed: bool) -> Runtime:
+    """The device that is asked for and, where `mixed`, the half precision it is good at.
+
+    Raises UserError for a device that is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    name = next(n for n in there if there[n]) if device == "auto" else device
     if not there[name]:
         raise UserError(f"device: {name} is not available here; use --set device=auto")
     dtype = torch.float32
-    if config.use_amp and name == "cuda":
-        dtype = (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if config.use_amp and name == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if mixed and name == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
+    if mixed and name == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtype = torch.bfloat16  # emulated bf16, on processors without it, is slower than fp32
     return Runtime(torch.device(name), dtype)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 from torch import Tensor
 
 

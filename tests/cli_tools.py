@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 import model_script as ms
+from support import commands
 
 SCRIPT = Path(ms.__file__).resolve()
 TINY = {
@@ -34,6 +37,12 @@ TINY = {
 def command(*arguments: str | Path) -> list[str]:
     """The command line that runs the script with this Python."""
     return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def parsed(argv: Sequence[str], system: type[ms.System] = ms.ConditionalFlow) -> argparse.Namespace:
+    """The arguments of a command line, as `ms.main` reads them."""
+    kinds = (system.config_class, ms.Use)
+    return commands.parse(argv, ms.MODES, kinds, system, system.released)
 
 
 def environment(threads: int | None = 1) -> dict[str, str]:
@@ -159,16 +168,13 @@ def main_with(
     mode: str,
     settings: dict[str, Any],
     *arguments: str | Path,
-    model_class: type[torch.nn.Module] | None = None,
+    system: type[ms.System] = ms.ConditionalFlow,
 ) -> int:
     """Run a mode in this process; returns its exit status."""
     path = Path(settings["results_dir"]).parent / "settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings), encoding="utf-8")
-    return ms.main(
-        ["--mode", mode, "--config", str(path), *map(str, arguments)],
-        model_class or ms.ConditionalFlow,
-    )
+    return ms.main(["--mode", mode, "--config", str(path), *map(str, arguments)], system)
 
 
 def differing(a: Any, b: Any, place: str = "") -> list[str]:

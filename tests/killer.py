@@ -39,6 +39,7 @@ import numpy as np
 import torch
 
 import model_script as ms
+from support import checkpoints
 from support.checkpoints import load_checkpoint, newest_checkpoint
 from support.metrics import ssim_of
 
@@ -103,10 +104,15 @@ def start(config: str, folder: Path) -> tuple[int, TextIO]:
         return child, os.fdopen(reader)
     announce(ms.Trainer, "_train_step", writer, lambda trainer, *_: ("step", trainer.step))
     announce(ms.Trainer, "_validate", writer, lambda trainer, *_: ("validation", trainer.step))
-    announce(ms.Trainer, "save_epoch", writer, lambda trainer, *_: ("epoch", trainer.step))
-    announce(ms, "save_checkpoint", writer, lambda path, content: (path.stem.split("_")[0], 0))
+    announce(ms.Trainer, "save", writer, lambda trainer, *_: ("epoch", trainer.step))
+    # the script calls it by its module, so this is where it is looked up
+    announce(
+        checkpoints, "save_checkpoint", writer, lambda path, content: (path.stem.split("_")[0], 0)
+    )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
         resume = ["--resume", str(folder)] if newest_checkpoint(folder) else []
+        if not resume:  # it died before its first checkpoint: begin anew, as its message says
+            (folder / "best_model.pth").unlink(missing_ok=True)
         status = ms.main(["--mode", "train", "--config", config, *resume])
     if status:
         os.write(2, said.getvalue().encode())

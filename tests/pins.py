@@ -42,17 +42,26 @@ def scene(seed: int, height: int = 150, width: int = 202) -> np.ndarray:
     return picture
 
 
+def darkened(high: np.ndarray, seed: int) -> np.ndarray:
+    """(H, W, 3) uint8: dark, noisy and red."""
+    rng = np.random.default_rng((6, seed))
+    low = high * np.array([0.12, 0.07, 0.09]) + rng.normal(4, 2, high.shape)
+    return np.clip(np.rint(low), 0, 255).astype(np.uint8)
+
+
+def large_low() -> np.ndarray:
+    """(300, 340, 3) uint8: so large that tile_size=64 makes four tiles of it."""
+    return darkened(scene(0, 300, 340), 0)
+
+
 def write_pairs(folder: Path, count: int, first: int) -> None:
-    """`count` pairs under folder/low and folder/high; the dark ones are noisy and red."""
+    """`count` pairs under folder/low and folder/high."""
     for part in ("low", "high"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for place in range(first, first + count):
-        high, rng = scene(place), np.random.default_rng((6, place))
-        low = high * np.array([0.12, 0.07, 0.09]) + rng.normal(4, 2, high.shape)
-        Image.fromarray(high).save(folder / "high" / f"{place}.png")
-        Image.fromarray(np.clip(np.rint(low), 0, 255).astype(np.uint8)).save(
-            folder / "low" / f"{place}.png"
-        )
+        high = scene(place)
+        for kind, pixels in (("high", high), ("low", darkened(high, place))):
+            Image.fromarray(pixels).save(folder / kind / f"{place}.png")
 
 
 def run(folder: Path, mode: str, *arguments: str) -> None:
@@ -97,19 +106,20 @@ def trained(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
 
 
 def enhanced(folder: Path, **changes: Any) -> dict[str, np.ndarray]:
-    """Name -> pixels of all that enhancing folder/train/low/0.png with the released weights
-    writes."""
+    """Name -> pixels of all that enhancing `large_low` with the released weights writes."""
     target = folder / "enhanced"
+    Image.fromarray(large_low()).save(folder / "large.png")
     files = [
         "--checkpoint",
         str(RELEASED),
         "--input",
-        "train/low/0.png",
+        "large.png",
         "--output",
         "enhanced/a.png",
     ]
     run(folder, "enhance", *files, *settings(changes))
-    found = {path.name: np.asarray(Image.open(path)) for path in sorted(target.glob("*.png"))}
+    written = [path for path in sorted(target.glob("*.png")) if not path.stem.endswith("_view")]
+    found = {path.name: np.asarray(Image.open(path)) for path in written}
     for path in target.glob("*.png"):
         path.unlink()
     return found

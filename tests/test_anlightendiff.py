@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import model_script as ms
 from baselines import anlightendiff as ad
 from support.decoding import read_image
-from support.settings import UserError, read_config_file
+from support.settings import UserError, build, read_all
 
 SMALL = dict(width=8, multipliers=[1, 2], timesteps=10, sampling_steps=3)
 
@@ -610,7 +610,7 @@ def run(data: Path, folder: Path, *arguments: str, **changes: Any) -> int:
     outputs = {f"{kind}_dir": str(folder / kind) for kind in ("checkpoint", "log", "results")}
     path = folder / "config.json"
     path.write_text(json.dumps(tiny_config(data) | SMALL | outputs | changes), encoding="utf-8")
-    return ms.main([*arguments, "--config", str(path)], ad.AnlightenDiff, ad.AnlightenConfig)
+    return ms.main([*arguments, "--config", str(path)], ad.AnlightenDiff)
 
 
 def trained(data: Path, folder: Path, *arguments: str, **changes: Any) -> dict[str, Any]:
@@ -766,7 +766,8 @@ def test_the_lion_package_trains_and_resumes(data: Path, tmp_path: Path) -> None
 
 def test_the_recipe_fits_and_the_module_runs_as_a_command(tmp_path: Path) -> None:
     recipe = ROOT / "baselines" / "anlightendiff.json"
-    config = ms.apply_settings(ad.AnlightenConfig(), read_config_file(str(recipe)), str(recipe))
+    given = read_all((ad.AnlightenConfig, ms.Use), str(recipe), [], ())
+    config = build(ad.AnlightenConfig, given, str(recipe))
     assert config.checkpoint_dir == "checkpoints/anlightendiff" and config.image_size == [128, 128]
     assert sum(p.numel() for p in ad.AnlightenDiff(config).parameters()) < 2e6
     command = [

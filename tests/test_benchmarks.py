@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import assert_one_line_error, make_data
-from conftest import ROOT
+from conftest import ROOT, write_pairs
 from PIL import Image
 
 import model_script as ms
-from support.pictures import to_tensor
+from support.pictures import resize, to_tensor
 
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(
@@ -202,7 +202,7 @@ def test_comparison_trains_scores_and_shows_every_system(
             to_tensor(np.asarray(Image.open(p)))[None]
             for p in (path, path.parent.parent / "high" / path.name)
         )
-        low, high = (ms.resize(image, [64, 64], quantise=True).double() for image in (low, high))
+        low, high = (resize(image, [64, 64], quantise=True).double() for image in (low, high))
         expected.append(float(-10 * ((low**0.4 - high) ** 2).mean().log10()))
     # the evaluator's is of 8 bits
     assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)
@@ -239,7 +239,7 @@ def test_weights_of_another_system_are_told_before_any_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = importlib.import_module("retinexnet_findings")
-    given = f"split, transposed={ms.RELEASE}"
+    given = f"split, transposed={ms.RELEASED}"
     monkeypatch.setattr(
         sys,
         "argv",
@@ -296,6 +296,36 @@ def test_retinexnet_findings_trains_and_measures_every_variant(tmp_path: Path) -
     assert len(list(results.glob("*.png"))) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("likelihood", ["2 pairs, bits per dimension", "the right one is lower on"]),
+        ("exposure", ["none", "gain", "light", "model"]),
+        ("uncertainty", ["2 pairs: Spearman", "between pictures"]),
+        ("limits", ["training", "validation", "coarser than sigma 32 from the target"]),
+    ],
+)
+def test_the_released_weights_are_measured_on_pairs(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_data(tmp_path, train=2, evaluation=2)
+    samples = ["--set", "samples=2"] if name == "uncertainty" else []
+    run(name, *folders(tmp_path), "--set", "device=cpu", *samples)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words) and "nan" not in printed, printed
+
+
+def test_the_model_is_brought_to_a_mean_by_its_prior(tmp_path: Path) -> None:
+    exposure = importlib.import_module("exposure")
+    loaded = ms.load_model(str(ms.RELEASED), {"device": "cpu"}, ms.ConditionalFlow)
+    low = np.random.default_rng(0).integers(0, 40, (37, 42, 3), dtype=np.uint8)
+    store = ms.PairStore(ms.find_pairs(*map(str, write_pairs(tmp_path, 1)), "eval"), 0)
+    bench = exposure.Bench(loaded.model, loaded.use, loaded.runtime, store)
+    for mean in (0.2, 0.6):
+        picture = exposure.through_the_model(bench, low, mean)
+        assert picture.shape == low.shape and picture.mean() == pytest.approx(mean, abs=2e-3)
+
+
 def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
     make_data(tmp_path, train=6)
     small = [
@@ -312,11 +342,12 @@ def test_ablation_adds_a_line_for_every_run(tmp_path: Path) -> None:
         "without flow (direct regression)",
         "input itself",
     ]
-    for variant in variants:
+    for variant in [*variants, variants[0]]:  # one again: it gets a folder of its own
         run("ablation", variant, "--minutes", "0.001", *folders(tmp_path), *chosen)
     with open(tmp_path / "results" / "ablation.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["variant"] for row in rows] == variants
+    assert [row["variant"] for row in rows] == [*variants, variants[0]]
+    assert len(list((tmp_path / "results" / "ablation").iterdir())) == 4  # the input trains not
     assert all(
         0 < float(row["psnr"]) < 60
         and (float(row["steps"]) >= 1) == (row["variant"] != variants[3])

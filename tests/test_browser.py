@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import dark_picture, environment, save_picture, target_picture
+from conftest import ROOT
 from PIL import Image
-
-import model_script as ms
 
 for package in ("flask", "waitress", "playwright"):
     pytest.importorskip(package, reason=f"the optional package {package} is not installed")
@@ -45,7 +44,7 @@ QUIET = [
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running web_app.py with two models and a limit of 1 MB."""
+    """A running tools/web_app.py with two models and a limit of 1 MB."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +54,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for seed in (1, 2)
         for part in ("--checkpoint", write_checkpoint(folder / f"{seed}.pth", seed))
     ]
-    script = str(Path(ms.__file__).with_name("web_app.py"))
+    script = str(ROOT / "tools" / "web_app.py")
     command = [
         sys.executable,
         script,

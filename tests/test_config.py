@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from cli_tools import parsed
 from conftest import ROOT
 
 import model_script as ms
-from support.settings import UserError, allowed, parse_eval_size
+from support.settings import UserError, allowed, build, read_all, read_settings, shown
 
 PUBLISHED = {
     "device": "cpu",
@@ -29,11 +29,16 @@ PUBLISHED = {
     "save_freq": 1,
     "num_epochs": 30,
 }
-FIELDS = {key.name: key for key in dataclasses.fields(ms.Config)}
+KINDS = (ms.Config, ms.Use)
+FIELDS = {key.name: key for kind in KINDS for key in dataclasses.fields(kind)}
+DEFAULTS = {name: value for kind in KINDS for name, value in dataclasses.asdict(kind()).items()}
 
 
-def apply(**settings: object) -> ms.Config:
-    return ms.apply_settings(ms.Config(), settings, "here")
+def apply(**settings: object) -> SimpleNamespace:
+    """Every key of both kinds, under the settings."""
+    typed = read_settings(KINDS, settings, "here")
+    parts = [dataclasses.asdict(build(kind, typed, "here")) for kind in KINDS]
+    return SimpleNamespace(**parts[0], **parts[1])
 
 
 def refusal(**settings: object) -> str:
@@ -45,12 +50,12 @@ def refusal(**settings: object) -> str:
 
 def parse(*argv: str) -> dict[str, object]:
     """The checked settings of a command line in train mode."""
-    return ms.parse_command_line(["--mode", "train", *argv]).settings
+    return parsed(["--mode", "train", *argv]).settings
 
 
 def parse_refusal(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
-        ms.parse_command_line(list(argv))
+        parsed(list(argv))
     assert caught.value.status == 2
     return str(caught.value)
 
@@ -69,19 +74,22 @@ def test_the_published_recipe_has_its_twelve_keys() -> None:
 
 
 def test_defaults_pass_their_own_checks() -> None:
-    config = ms.Config()
-    for name, key in FIELDS.items():
-        assert ms.coerce(key, getattr(config, name), "default") == getattr(config, name)
-    ms.check_together(config, "default")
+    assert read_settings(KINDS, DEFAULTS, "default") == DEFAULTS
+    assert vars(apply(**DEFAULTS)) == vars(apply()) == DEFAULTS
+
+
+def test_no_key_both_shapes_a_model_and_says_how_it_is_used() -> None:
+    assert len(FIELDS) == sum(len(dataclasses.fields(kind)) for kind in KINDS)
+    assert {key.name for key in dataclasses.fields(ms.Use)} == ms.RETIRED_KEYS
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_key_is_documented_and_bounded(name: str) -> None:
     key = FIELDS[name]
     assert len(key.metadata["meaning"]) > 10
-    assert key.type in ("int", "float", "bool", "str", "list[int]", "list[float]")
+    assert key.type in ("int", "float", "bool", "str", "list[int]", "list[float]", "list[dict]")
     low, high = key.metadata["low"], key.metadata["high"]
-    if key.type in ("bool", "str"):
+    if key.type in ("bool", "str", "list[dict]"):
         assert low is high is None
     else:
         assert low < high
@@ -97,15 +105,14 @@ def test_help_shows_every_key_with_default_meaning_and_range(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        ms.parse_command_line(["--help"])
+        parsed(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
+    solid = "".join(shown.split())  # lines are broken anywhere
     for name, key in FIELDS.items():
-        entry = (
-            f"  {name} = {json.dumps(getattr(ms.Config(), name))}\n      {key.metadata['meaning']}"
-            f" ({allowed(key)})\n"
-        )
-        assert entry in shown + "\n"
+        told = f"{allowed(key)}; default {json.dumps(DEFAULTS[name])}"
+        entry = f"--{name} VALUE {key.metadata['meaning']} ({told})"
+        assert "".join(entry.split()) in solid
     for flag in ("--mode", "--config", "--set", "--checkpoint", "--resume", "--input", "--output"):
         assert flag in shown
 
@@ -128,10 +135,15 @@ def test_an_unknown_key_names_its_nearest_and_the_range(name: str, nearest: str 
     assert f"({allowed(FIELDS[named])})" in line
 
 
+SOURCE = {"name": "a", "low_dir": "l", "high_dir": "h", "val_low_dir": "l", "val_high_dir": "h"}
 WRONG = {
-    "batch_size": ["1", 1.5, True, None, [1], {}, 0, 4097, -1, float("nan"), float("inf"), 10**400],
+    "batch_size": [
+        *("one", "", 1.5, True, None, [1], {}, 0, 4097, -1, float("nan"), float("inf")),
+        10**400,
+        10**6000,  # from a checkpoint; JSON has none so long
+    ],
     "learning_rate": [
-        "0.1",
+        "fast",
         True,
         None,
         [0.1],
@@ -142,31 +154,43 @@ WRONG = {
         float("-inf"),
         10**400,
     ],
-    "flips": [0, 1, "true", None, [True]],
+    "flips": [0, 1, "yes", None, [True]],
     "device": ["gpu", "CPU", 0, None, True, ["cpu"]],
-    "train_low_dir": [0, None, True, ["a"]],
+    "train_low_dir": [None, {}, ["a"]],
     "image_size": [
         128,
-        "128,128",
+        "128;128",
         [],
         [128],
         [128, 128, 3],
         [128, 15],
         [8193, 128],
         [128, 64.5],
-        [128, "64"],
+        [128, "wide"],
+        [128, [64]],
         [True, 128],
         None,
+        {},
     ],
-    "crop_scales": [1.0, [], [1.1], [-0.1], [float("nan")], ["1"], None],
+    "crop_scales": [2.0, [], [1.1], [-0.1], [float("nan")], ["half"], None],
     "seed": [-1, 2**31],
+    "sources": [
+        "a",
+        3,
+        {},
+        [1],
+        [{}],
+        [SOURCE | {"share": -1}],
+        [SOURCE | {"hue": 1}],
+        [SOURCE] * 2,
+    ],
 }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        pytest.param(name, value, id=f"{name}-{value!s:.20}")
+        pytest.param(name, value, id=f"{name}-{shown(value)[:20]}")
         for name, values in WRONG.items()
         for value in values
     ],
@@ -193,6 +217,15 @@ def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: object)
         ("image_size", [16, 8192.0], [16, 8192]),
         ("crop_scales", [0, 1], [0.0, 1.0]),
         ("train_low_dir", "a b/c=d", "a b/c=d"),
+        # one parser reads the file and --set
+        ("batch_size", "4", 4),
+        ("learning_rate", "0.1", 0.1),
+        ("flips", "false", False),
+        ("image_size", "128,64", [128, 64]),
+        ("image_size", [128, "64"], [128, 64]),
+        ("crop_scales", 0.5, [0.5]),
+        ("sources", [SOURCE], [{**SOURCE, "share": 1.0, "darken": 0.0}]),
+        ("sources", json.dumps([SOURCE]), [{**SOURCE, "share": 1.0, "darken": 0.0}]),
     ],
 )
 def test_right_values_are_typed(name: str, value: object, expected: object) -> None:
@@ -211,17 +244,10 @@ def test_both_ends_of_every_range(name: str) -> None:
     low, high = key.metadata["low"], key.metadata["high"]
     is_list = key.type.startswith("list")
     for inside, beyond in ((low, low - 1), (high, high + 1)):
-        assert ms.coerce(key, [inside] if is_list else inside, "here") == (
-            [inside] if is_list else inside
-        )
-        with pytest.raises(UserError, match=name):
-            ms.coerce(key, [beyond] if is_list else beyond, "here")
-
-
-def test_apply_settings_leaves_its_input_alone() -> None:
-    base = ms.Config()
-    assert ms.apply_settings(base, {"batch_size": 7}, "here").batch_size == 7
-    assert base.batch_size == 1
+        given = {name: [inside] if is_list else inside}
+        assert read_settings(KINDS, given, "here") == given
+        with pytest.raises(UserError, match=f"here: {name} must be "):
+            read_settings(KINDS, {name: [beyond] if is_list else beyond}, "here")
 
 
 @pytest.mark.parametrize(
@@ -264,8 +290,8 @@ def test_keys_that_go_together(settings: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("flow_channels", [8, 16, 24, 40])
 def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
-    torch = ms.torch
-    model = ms.ConditionalFlow(apply(flow_channels=flow_channels, thumbnail_size=32)).eval()
+    config = ms.Config(flow_channels=flow_channels, thumbnail_size=32)
+    model = ms.ConditionalFlow(config).eval()
     with torch.no_grad():
         assert model.enhance(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
 
@@ -280,8 +306,8 @@ def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
         ("16,8192", (16, 8192)),
     ],
 )
-def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
-    assert parse_eval_size(text) == expected
+def test_eval_size(text: str, expected: tuple[int, int] | None) -> None:
+    assert ms.Use(eval_size=text).size_to_score(None) == expected
 
 
 @pytest.mark.parametrize(
@@ -301,9 +327,9 @@ def test_parse_eval_size(text: str, expected: tuple[int, int] | None) -> None:
         "Auto",
     ],
 )
-def test_parse_eval_size_refuses(text: str) -> None:
+def test_eval_size_refuses(text: str) -> None:
     with pytest.raises(UserError, match="eval_size must be auto, native or height,width"):
-        parse_eval_size(text)
+        ms.Use(eval_size=text)
 
 
 @pytest.mark.parametrize(
@@ -316,8 +342,9 @@ def test_parse_eval_size_refuses(text: str) -> None:
         (dict(eval_size="48,80", crop_size=64), (48, 80)),
     ],
 )
-def test_evaluation_size(settings: dict[str, object], expected: tuple[int, int] | None) -> None:
-    assert ms.evaluation_size(apply(**settings)) == expected
+def test_size_to_score(settings: dict[str, object], expected: tuple[int, int] | None) -> None:
+    config, use = (build(kind, settings, "here") for kind in KINDS)
+    assert use.size_to_score(config) == expected
 
 
 # config files -------------------------------------------------------------------------------------
@@ -344,7 +371,9 @@ BAD_FILES = {
     "null": (b"null", "one JSON object"),
     "binary": (b"\xff\xfe\x00\x89PNG", "not a text file"),
     "unknown key": (b'{"bach_size": 1}', "the nearest is batch_size (an integer in [1, 4096])"),
-    "wrong type": (b'{"batch_size": "1"}', "batch_size must be an integer in [1, 4096]"),
+    "wrong type": (b'{"batch_size": "one"}', "batch_size must be an integer in [1, 4096]"),
+    "object": (b'{"batch_size": {}}', "batch_size must be an integer in [1, 4096], got a dict"),
+    "null value": (b'{"device": null}', "device must be one of auto, cpu, cuda, mps, got null"),
     "NaN": (b'{"learning_rate": NaN}', "learning_rate must be a number"),
     "Infinity": (b'{"l1_weight": Infinity}', "l1_weight must be a number"),
     "overflow": (b'{"l1_weight": 1e999}', "l1_weight must be a number"),
@@ -453,6 +482,15 @@ def test_set_may_mend_what_two_keys_need_together() -> None:
     }
 
 
+def test_keys_that_do_nothing_here_are_taken_from_a_file_alone(tmp_path: Path) -> None:
+    """A config file may be for several systems; what is typed is meant for this one."""
+    path = tmp_path / "c.json"
+    path.write_text('{"batch_size": 4, "nll_weight": 2}')
+    assert read_all(KINDS, str(path), [], ["nll_weight"]) == {"batch_size": 4}
+    with pytest.raises(UserError, match="--set nll_weight: changes nothing in this system"):
+        read_all(KINDS, str(path), ["nll_weight=2"], ["nll_weight"])
+
+
 # flags --------------------------------------------------------------------------------------------
 
 NEEDED = {
@@ -460,10 +498,9 @@ NEEDED = {
     "demo": [],
     "evaluate": [],
     "enhance": ["input", "output"],
-    "export": ["output"],
 }
 TAKEN = {
-    mode: [*names, *(["checkpoint"] if mode in ("evaluate", "enhance", "export") else [])]
+    mode: [*names, *(["checkpoint"] if mode in ("evaluate", "enhance") else [])]
     for mode, names in NEEDED.items()
 }
 TAKEN["train"] = ["resume"]
@@ -476,20 +513,26 @@ def flags(*names: str) -> list[str]:
 
 @pytest.mark.parametrize("mode", NEEDED)
 def test_modes_take_what_they_need(mode: str) -> None:
-    arguments = ms.parse_command_line(["--mode", mode, *flags(*TAKEN[mode])])
+    arguments = parsed(["--mode", mode, *flags(*TAKEN[mode])])
     assert {name: getattr(arguments, name) for name in FLAGS} == {
         name: f"{name}.file" if name in TAKEN[mode] else None for name in FLAGS
     }
     assert arguments.settings == {}
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "enhance", "export"])
+@pytest.mark.parametrize("mode", ["evaluate", "enhance"])
 def test_the_released_weights_are_the_default(mode: str) -> None:
-    arguments = ms.parse_command_line(["--mode", mode, *flags(*NEEDED[mode])])
-    assert (
-        Path(arguments.checkpoint)
-        == Path(ms.__file__).resolve().parent / "checkpoints" / "best_model.pth"
-    )
+    arguments = parsed(["--mode", mode, *flags(*NEEDED[mode])])
+    assert Path(arguments.checkpoint) == ROOT / "checkpoints" / "released.pth"
+    assert Path(arguments.checkpoint).exists()
+
+
+def test_another_systems_default_is_its_last_training() -> None:
+    class Other(ms.System):
+        pass
+
+    argv = ["--mode", "evaluate", "--set", "checkpoint_dir=runs/other"]
+    assert parsed(argv, Other).checkpoint == "runs/other/best_model.pth"
 
 
 @pytest.mark.parametrize(
@@ -524,59 +567,3 @@ def test_missing_flags_are_named(mode: str, name: str) -> None:
 def test_bad_command_lines(argv: list[str], words: str) -> None:
     line = parse_refusal(*argv)
     assert words in line and "--help" in line
-
-
-# before torch -------------------------------------------------------------------------------------
-
-
-def run_without_torch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """The script from an empty working directory, in a world where importing torch, NumPy or Pillow
-    fails."""
-    modules, work = folder / "modules", folder / "work"
-    for created in (modules, work):
-        created.mkdir()
-    for name in ("torch", "numpy", "PIL", "skimage"):
-        (modules / f"{name}.py").write_text('raise ImportError("heavy import")\n')
-    environment = {**os.environ, "PYTHONPATH": str(modules), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(ROOT / "model_script.py"), *argv]
-    return subprocess.run(
-        command, cwd=work, env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (
-            ["--mode", "train", "--set", "bach_size=2"],
-            "the nearest is batch_size (an integer in [1, 4096])",
-        ),
-        (["--mode", "train", "--config", "missing.json"], "missing.json"),
-        (["--mode", "enhance"], "needs --input"),
-        (["--mode", "fly"], "fly"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(
-    tmp_path: Path, argv: list[str], words: str
-) -> None:
-    done = run_without_torch(tmp_path, *argv)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.endswith("\n")
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-def test_help_needs_no_torch_either(tmp_path: Path) -> None:
-    done = run_without_torch(tmp_path, "--help")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "batch_size = 1" in done.stdout
-
-
-def test_the_world_without_torch_is_real(tmp_path: Path) -> None:
-    """Guards the tests above: a right command line must trip over the failing imports."""
-    done = run_without_torch(tmp_path, "--mode", "train")
-    assert done.returncode == 1
-    assert "heavy import" in done.stderr

@@ -16,20 +16,21 @@ from PIL import Image
 
 import model_script as ms
 from support.decoding import SUFFIXES, read_image
-from support.folders import natural_key
+from support.pairs import Pair, PairStore, find_pairs, natural_key
 from support.pictures import to_tensor, to_uint8, write_image
+from support.scenes import find_scenes, split_by_scene
 from support.settings import UserError
 
 MakePairs = Callable[..., tuple[Path, Path]]
 PLAIN = dict(window_min=1.0, flips=False, exposure_gain=0.0, channel_gain=0.0)
 
 
-def pairs_in(folders: tuple[Path, Path], log: Callable[[str], None] = print) -> list[ms.Pair]:
-    return ms.find_pairs(str(folders[0]), str(folders[1]), "train", log)
+def pairs_in(folders: tuple[Path, Path], log: Callable[[str], None] = print) -> list[Pair]:
+    return find_pairs(str(folders[0]), str(folders[1]), "train", log)
 
 
-def store_of(folders: tuple[Path, Path], **settings: object) -> ms.PairStore:
-    return ms.PairStore(pairs_in(folders), ms.Config(**settings))
+def store_of(folders: tuple[Path, Path], room: int = 2**30, skip_bad: bool = False) -> PairStore:
+    return PairStore(pairs_in(folders), room, skip_bad)
 
 
 def png16(path: Path, values: np.ndarray, colour_type: int) -> None:
@@ -235,7 +236,7 @@ def test_pairs_over_all_suffixes_in_any_case(tmp_path: Path) -> None:
         for pair in pairs
     )
     assert messages == []
-    store = ms.PairStore(pairs, ms.Config())
+    store = PairStore(pairs, 2**30)
     for place in range(7):
         assert all(
             np.abs(p.astype(int) - smooth_scene(place, 32, 32)).mean() < 12 for p in store[place]
@@ -325,17 +326,21 @@ SPOILED = ["sizes", "small", *(f"{side}:{name}" for side in ("low", "high") for 
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_bad_pair_stops_the_run_or_is_left_out(make_pairs: MakePairs, how: str) -> None:
+def test_a_bad_pair_stops_the_run_or_is_left_out(
+    make_pairs: MakePairs, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = make_pairs(3)
     named = break_pair(*folders, how)
     with pytest.raises(UserError) as caught:
         store_of(folders)
     assert str(named) in str(caught.value)
     assert "on_bad_file=skip" in str(caught.value)
-    messages: list[str] = []
-    store = ms.PairStore(pairs_in(folders), ms.Config(on_bad_file="skip"), messages.append)
+    pairs = pairs_in(folders)
+    capsys.readouterr()
+    store = PairStore(pairs, 2**30, skip_bad=True)
     assert [pair.name for pair in store.pairs] == ["1", "3"]
-    assert len(messages) == 1 and str(named) in messages[0]
+    (message,) = capsys.readouterr().out.splitlines()
+    assert message.startswith("left out: ") and str(named) in message
     assert len(store) == len(store.thumbnails) == 2
     np.testing.assert_array_equal(store[1][1], read_image(folders[1] / "3.png"))
 
@@ -352,12 +357,12 @@ def test_nothing_left_after_skipping_is_an_error(make_pairs: MakePairs) -> None:
     for path in low.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="not one"):
-        store_of((low, high), on_bad_file="skip")
+        store_of((low, high), skip_bad=True)
 
 
 def test_the_cache_limit_changes_no_pixel(make_pairs: MakePairs) -> None:
     folders = make_pairs(4, size=(400, 500))  # 1.2 MB a pair
-    cached, some, none = (store_of(folders, cache_megabytes=limit) for limit in (100, 2, 0))
+    cached, some, none = (store_of(folders, limit * 2**20) for limit in (100, 2, 0))
     assert [len(store._cache) for store in (cached, some, none)] == [4, 1, 0]
     for index in range(4):
         for place, folder in enumerate(folders):
@@ -372,7 +377,9 @@ def test_two_stores_share_one_cache_limit(make_pairs: MakePairs, tmp_path: Path)
     folders = dict(train_low_dir=str(low), train_high_dir=str(high))
     folders |= dict(val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
     for limit, expected in ((100, [2, 2]), (4, [2, 1]), (2, [1, 0])):
-        store, _, validation, _ = ms.training_data(ms.Config(**folders, cache_megabytes=limit))
+        store, _, validation, _ = ms.training_data(
+            ms.Config(**folders), ms.Use(cache_megabytes=limit)
+        )
         assert [len(store._cache), len(validation._cache)] == expected, limit
 
 
@@ -396,9 +403,9 @@ def takes(make_pairs: MakePairs) -> np.ndarray:
 
 def test_scenes_are_found_despite_exposure(takes: np.ndarray) -> None:
     expected = {tuple(i for i, scene in enumerate(TAKES) if scene == wanted) for wanted in TAKES}
-    assert {tuple(scene) for scene in ms.find_scenes(takes, 0.85)} == expected
-    assert len(ms.find_scenes(takes, 1.0)) == len(TAKES)
-    assert len(ms.find_scenes(takes, 0.0)) < len(expected)
+    assert {tuple(scene) for scene in find_scenes(takes, 0.85)} == expected
+    assert len(find_scenes(takes, 1.0)) == len(TAKES)
+    assert len(find_scenes(takes, 0.0)) < len(expected)
 
 
 def test_scenes_are_chained() -> None:
@@ -408,19 +415,18 @@ def test_scenes_are_chained() -> None:
     chain = np.stack([a, 0.75 * a + 0.25 * c, 0.5 * (a + c), 0.25 * a + 0.75 * c, c]).astype(
         np.uint8
     )
-    assert ms.find_scenes(chain[[0, 4]], 0.85) == [[0], [1]]
-    assert ms.find_scenes(chain[[0, 4, 2, 1, 3]], 0.85) == [[0, 1, 2, 3, 4]]
+    assert find_scenes(chain[[0, 4]], 0.85) == [[0], [1]]
+    assert find_scenes(chain[[0, 4, 2, 1, 3]], 0.85) == [[0, 1, 2, 3, 4]]
 
 
 def test_split_keeps_scenes_whole_for_every_seed(takes: np.ndarray) -> None:
     splits = set()
     for seed in range(12):
-        config = ms.Config(seed=seed, val_fraction=0.25)
-        training, validation = ms.split_by_scene(takes, config)
+        training, validation = split_by_scene(takes, 0.25, 0.85, seed)
         assert sorted(training + validation) == list(range(len(TAKES)))
         assert training and validation
         assert not {TAKES[i] for i in training} & {TAKES[i] for i in validation}
-        assert ms.split_by_scene(takes, config) == (training, validation)
+        assert split_by_scene(takes, 0.25, 0.85, seed) == (training, validation)
         splits.add(tuple(validation))
     assert len(splits) > 6
 
@@ -430,12 +436,12 @@ def test_split_keeps_scenes_whole_for_every_seed(takes: np.ndarray) -> None:
 )
 def test_split_holds_out_the_fraction_of_single_scenes(fraction: float, held_out: int) -> None:
     thumbnails = np.stack([smooth_scene(seed, 16, 16) for seed in range(20)])
-    assert len(ms.split_by_scene(thumbnails, ms.Config(val_fraction=fraction))[1]) == held_out
+    assert len(split_by_scene(thumbnails, fraction, 0.85, 0)[1]) == held_out
 
 
 def test_one_scene_cannot_be_split() -> None:
     with pytest.raises(UserError, match="val_low_dir"):
-        ms.split_by_scene(np.stack([smooth_scene(0, 16, 16)] * 3), ms.Config())
+        split_by_scene(np.stack([smooth_scene(0, 16, 16)] * 3), 0.1, 0.85, 0)
 
 
 def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None:
@@ -445,10 +451,12 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
     )
     folders = dict(train_low_dir=str(train[0]), train_high_dir=str(train[1]))
     config = ms.Config(**folders, val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
-    store, training, other, validation = ms.training_data(config)
+    store, training, other, validation = ms.training_data(config, ms.Use())
     assert (training, validation) == ([0, 1, 2, 3], [0, 1])
     np.testing.assert_array_equal(other[1][0], read_image(held_out[0] / "2.png"))
-    store, training, other, validation = ms.training_data(ms.Config(**folders, val_fraction=0.25))
+    store, training, other, validation = ms.training_data(
+        ms.Config(**folders, val_fraction=0.25), ms.Use()
+    )
     assert other is store and len(training) == 3 and len(validation) == 1
 
 
@@ -457,7 +465,7 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
 
 def samples_of(folders: tuple[Path, Path], **settings: object) -> ms.TrainingSamples:
     config = ms.Config(**{"thumbnail_size": 32, "image_size": [32, 32], **settings})
-    store = ms.PairStore(pairs_in(folders), config)
+    store = store_of(folders)
     return ms.TrainingSamples(store, range(len(store)), config)
 
 

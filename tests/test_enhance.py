@@ -26,7 +26,7 @@ from cli_tools import (
     save_picture,
     target_picture,
 )
-from conftest import randomise
+from conftest import ROOT, randomise
 from PIL import Image, ImageCms
 from torch import Tensor
 
@@ -34,7 +34,15 @@ import model_script as ms
 from support.checkpoints import save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_image, read_picture
 from support.folders import ENHANCE_COLUMNS
-from support.pictures import encode_png16, exposed, srgb_to_linear, stops_to_mean, to_tensor
+from support.pictures import (
+    encode_png16,
+    exposed,
+    resize,
+    srgb_to_linear,
+    stops_to_mean,
+    to_tensor,
+    whole_thumbnail,
+)
 from support.runtime import Runtime
 from support.tiles import latent_noise, plan_tiles
 
@@ -43,15 +51,8 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
     torch.manual_seed(5)
-    config = ms.Config(
-        **{
-            "flow_channels": 16,
-            "num_flow_blocks": 2,
-            "thumbnail_size": 32,
-            "device": "cpu",
-            **settings,
-        }
-    )
+    size = {"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32}
+    config = ms.Config(**{**size, **settings})
     return randomise(ms.ConditionalFlow(config), scale).eval()
 
 
@@ -60,10 +61,6 @@ def noise_picture(height: int, width: int, depth: type = np.uint8) -> np.ndarray
     return np.random.default_rng(7).integers(
         0, np.iinfo(depth).max, (height, width, 3), dtype=depth
     )
-
-
-def with_settings(model: ms.ConditionalFlow, **settings: object) -> ms.Config:
-    return dataclasses.replace(model.config, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,7 @@ def test_tiles_leave_no_seam(size: tuple[int, int], depth: type) -> None:
     model, pixels = small_model(), noise_picture(*size, depth)
     with torch.no_grad():
         whole = model.enhance(to_tensor(pixels)[None])[0].permute(1, 2, 0).numpy()
-    tiled = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=64), CPU)
+    tiled = ms.enhance_pixels(model, pixels, ms.Use(tile_size=64), CPU)
     assert tiled.best.shape == pixels.shape and tiled.best.dtype == np.uint16
     assert tiled.samples == [] and tiled.deviation is None
     assert np.abs(tiled.best / 65535 - whole).max() < 5e-5
@@ -124,20 +121,19 @@ def test_tiles_leave_no_seam(size: tuple[int, int], depth: type) -> None:
 
 def test_a_smaller_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pixels = small_model(scale=0.08), noise_picture(256, 256)
-    whole = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=1024), CPU).best
-    monkeypatch.setattr(ms.ConditionalFlow, "reach", 16)
-    tiled = ms.enhance_pixels(model, pixels, with_settings(model, tile_size=64), CPU).best
+    whole = ms.enhance_pixels(model, pixels, ms.Use(tile_size=1024), CPU).best
+    monkeypatch.setattr(ms.ConditionalFlow, "receptive_field", 16)
+    tiled = ms.enhance_pixels(model, pixels, ms.Use(tile_size=64), CPU).best
     assert np.abs(tiled.astype(int) - whole).max() > 65535 * 1e-3
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_reach_bounds_what_a_pixel_depends_on(blocks: int) -> None:
-    """By the gradient: nothing beyond the reach, and something nearly as far (the bound is not
-    idle)."""
+def test_the_receptive_field_bounds_what_a_pixel_depends_on(blocks: int) -> None:
+    """By the gradient: nothing beyond it, and something nearly as far (the bound is not idle)."""
     model = small_model(scale=0.1, num_flow_blocks=blocks).double()
     low = torch.rand(1, 3, 328, 328, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
-        survey = model.survey(ms.resize(low, (32, 32)))
+        survey = model.survey(resize(low, (32, 32)))
     condition = model.condition(low, survey, torch.tensor([ms.WHOLE_BOX]))
     # before clamping, which has no gradient
     decoded = model.flow.inverse(condition.prior_mean, condition.features)[0]
@@ -145,15 +141,14 @@ def test_reach_bounds_what_a_pixel_depends_on(blocks: int) -> None:
     rows, columns = low.grad[0].abs().sum(0).nonzero().unbind(1)
     for place in (rows, columns):
         reached = max(160 - int(place.min()), int(place.max()) - 167)
-        assert model.reach - 16 <= reached <= model.reach
+        assert model.receptive_field - 16 <= reached <= model.receptive_field
 
 
 def test_samples_and_uncertainty_do_not_depend_on_the_tiles() -> None:
-    model, pixels = small_model(), noise_picture(150, 170)
-    settings = dict(samples=2, uncertainty=True, temperature=0.8, seed=3)
+    model, pixels = small_model(seed=3), noise_picture(150, 170)
+    settings = dict(samples=2, uncertainty=True, temperature=0.8)
     whole, tiled = (
-        ms.enhance_pixels(model, pixels, with_settings(model, tile_size=s, **settings), CPU)
-        for s in (1024, 64)
+        ms.enhance_pixels(model, pixels, ms.Use(tile_size=s, **settings), CPU) for s in (1024, 64)
     )
     for a, b in zip([whole.best, *whole.samples], [tiled.best, *tiled.samples], strict=True):
         assert np.abs(a.astype(int) - b).max() <= 4
@@ -192,19 +187,17 @@ def test_tiles_cover_every_pixel_once_and_are_of_one_size(
 
 def test_the_tile_follows_the_memory() -> None:
     model = small_model()
-    sides = [
-        ms.tile_side(model, with_settings(model, memory_megabytes=size)) for size in (64, 600, 4000)
-    ]
+    sides = [ms.tile_side(model, ms.Use(memory_megabytes=size)) for size in (64, 600, 4000)]
     assert sides == sorted(set(sides)) and all(side % 8 == 0 for side in sides)
-    assert ms.tile_side(model, with_settings(model, tile_size=320)) == 320
+    assert ms.tile_side(model, ms.Use(tile_size=320)) == 320
 
 
 @pytest.mark.parametrize("size", [(700, 300), (256, 40), (257, 513)])
 def test_thumbnail_in_bands_is_the_thumbnail(size: tuple[int, int]) -> None:
     pixels = noise_picture(*size)
     torch.testing.assert_close(
-        ms.whole_thumbnail(pixels, 32),
-        ms.resize(to_tensor(pixels)[None], (32, 32)),
+        whole_thumbnail(pixels, 32),
+        resize(to_tensor(pixels)[None], (32, 32)),
         atol=1e-6,
         rtol=0,
     )
@@ -271,8 +264,8 @@ def test_a_compiled_model_gives_the_same() -> None:
 
 def test_another_system_sees_the_picture_whole() -> None:
     pixels = dark_picture(target_picture(1, 100, 90))
-    config = ms.Config(tile_size=64, samples=2, uncertainty=True)
-    found = ms.enhance_pixels(Plain(config), pixels, config, CPU)
+    use = ms.Use(tile_size=64, samples=2, uncertainty=True)
+    found = ms.enhance_pixels(Plain(ms.Config()), pixels, use, CPU)
     np.testing.assert_allclose(found.best / 65535, np.clip(3 * (pixels / 255), 0, 1), atol=1e-4)
     assert len(found.samples) == 2 and (found.samples[0] != found.samples[1]).any()
     assert 0.02 < found.deviation.mean() < 0.15
@@ -283,7 +276,7 @@ def test_another_system_sees_the_picture_whole() -> None:
 
 def test_deviation_is_that_of_the_samples() -> None:
     model, pixels = small_model(), noise_picture(40, 48)
-    found = ms.enhance_pixels(model, pixels, with_settings(model, samples=5, uncertainty=True), CPU)
+    found = ms.enhance_pixels(model, pixels, ms.Use(samples=5, uncertainty=True), CPU)
     samples = np.stack(found.samples) / 65535
     expected = np.sqrt(samples.var(axis=0, ddof=1).mean(axis=-1))
     np.testing.assert_allclose(found.deviation, expected, atol=1e-4)
@@ -294,13 +287,11 @@ def test_samples_spread_with_the_temperature_around_the_best() -> None:
     model, pixels = small_model(), noise_picture(40, 48)
     spread = []
     for temperature in (0.2, 1.0):
-        found = ms.enhance_pixels(
-            model, pixels, with_settings(model, samples=2, temperature=temperature), CPU
-        )
+        found = ms.enhance_pixels(model, pixels, ms.Use(samples=2, temperature=temperature), CPU)
         spread.append(np.abs(found.samples[0].astype(float) - found.best).mean())
         assert (found.samples[0] != found.samples[1]).any()
     assert spread[0] < 0.4 * spread[1]
-    plain = ms.enhance_pixels(model, pixels, model.config, CPU)
+    plain = ms.enhance_pixels(model, pixels, ms.Use(), CPU)
     assert np.array_equal(plain.best, found.best)  # the best answer is not one of the drawn
 
 
@@ -547,7 +538,7 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(
     done = run_script("--mode", "enhance", *files, cwd=tmp_path)
     assert done.returncode == 1
     assert "broken.png" in done.stderr and "Traceback" not in done.stderr
-    assert "image/s" in done.stderr  # the bar
+    assert "file/s" in done.stderr  # the bar
     assert "3 enhanced, 1 failed" in done.stdout
     assert files_under(tmp_path / "out") == {
         "a.png",
@@ -590,8 +581,11 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
         "a.png",
         "enhance.csv",
     }
-    again = rows_of(out)
-    assert list(again) == list(first) and again["b.jpg"] == first["b.jpg"]
+    again = rows_of(out)  # the rows of this run
+    assert list(again) == list(first) and float(again["a.png"]["seconds"]) > 0
+    for name in ("b.jpg", "c.PNG"):
+        assert again[name]["note"] == "made by an earlier run" and again[name]["seconds"] == ""
+        assert again[name]["output"] == first[name]["output"]
     assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
     assert all(path.stat().st_mtime_ns != before[path] for path in before)
     assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
@@ -668,113 +662,69 @@ def test_results_inside_the_input_folder_are_not_enhanced_again(
     assert not (album / "out" / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["empty", "itself", "file", "nothing"])
+@pytest.mark.parametrize("kind", ["empty", "itself", "file", "nothing", "clips"])
 def test_folders_that_are_refused(
     checkpoint: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "walk.mp4").write_bytes(b"film")
     source, target = {
         "empty": (tmp_path / "empty", tmp_path / "out"),
         "itself": (album, album),
         "file": (album, tmp_path / "out.png"),
         "nothing": (f"{album}/*.gif", tmp_path / "out"),
+        "clips": (tmp_path / "films", tmp_path / "out"),
     }[kind]
     before = files_under(tmp_path)
     status = enhance(checkpoint, source, target)
-    assert_one_line_error(
-        status, capsys.readouterr().err, str(source) if kind != "itself" else "itself"
-    )
+    words = {"itself": ["itself"], "clips": [str(source), "tools/enhance_video.py"]}
+    assert_one_line_error(status, capsys.readouterr().err, *words.get(kind, [str(source)]))
     assert files_under(tmp_path) == before
 
 
-# clips --------------------------------------------------------------------------------------------
+# what is not for this mode, and what is scored ----------------------------------------------------
 
 
-def write_clip(path: Path, frames: list[np.ndarray], sound: bool = False) -> Path:
-    """An almost lossless clip of 25 frames a second, with a tone if wanted."""
-    av = pytest.importorskip("av", reason="the optional package av is not installed")
-    with av.open(str(path), "w") as writing:
-        video = writing.add_stream("libx264", rate=25, options={"crf": "4"})
-        video.height, video.width, video.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        if sound:
-            audio = writing.add_stream("aac", rate=44100, layout="mono")
-            tone = np.sin(np.arange(44100) / 20).astype(np.float32)[None]
-            frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-            frame.sample_rate = 44100
-            writing.mux(audio.encode(frame))
-            writing.mux(audio.encode())
-        for pixels in frames:
-            writing.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        writing.mux(video.encode())
-    return path
-
-
-def read_clip(path: Path) -> tuple[list[np.ndarray], int]:
-    """(frames, number of sound packets)."""
-    import av
-
-    with av.open(str(path)) as reading:
-        frames = [frame.to_ndarray(format="rgb24") for frame in reading.decode(video=0)]
-    with av.open(str(path)) as reading:
-        return frames, (
-            sum(packet.size > 0 for packet in reading.demux(audio=0))
-            if reading.streams.audio
-            else 0
-        )
-
-
-def noisy_clip(scene: np.ndarray, count: int, strength: float = 3.0) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [
-        np.clip(scene + rng.normal(0, strength, scene.shape), 0, 255).astype(np.uint8)
-        for _ in range(count)
-    ]
-
-
-def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> None:
-    """The noise differs in every frame; the mean of the enhanced frames must not."""
-    source = write_clip(
-        tmp_path / "in.mp4", noisy_clip(dark_picture(target_picture(4, 96, 128)), 20), sound=True
-    )
-    assert enhance(checkpoint, source, tmp_path / "out.mp4") == 0
-    frames, sound = read_clip(tmp_path / "out.mp4")
-    assert len(frames) == 20 and frames[0].shape == (96, 128, 3) and sound > 10
-    assert np.std([frame.mean() for frame in frames]) < 0.5
-    single = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
-    expected = ms.enhance_pixels(single[0], read_clip(source)[0][0], single[1], CPU).best / 257
-    assert np.abs(frames[0] - expected).mean() < 5  # it is the enhancement, H.264 apart
-
-
-def test_surveys_are_averaged_until_the_scene_changes() -> None:
-    model = small_model()
-    with torch.no_grad():
-        one, near, far = (
-            model.survey(torch.full((1, 3, 32, 32), level)) for level in (0.2, 0.21, 0.6)
-        )
-    mixed = ms.smooth_survey(one, near, 0.25)
-    for a, b, c in zip(one, near, mixed, strict=True):
-        torch.testing.assert_close(c, 0.75 * a + 0.25 * b)
-    assert ms.smooth_survey(one, far, 0.25) is far and ms.smooth_survey(None, one, 0.25) is one
-
-
-def test_broken_clips_and_a_missing_package(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_clips_among_the_pictures_are_counted_and_their_command_named(
+    checkpoint: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("av", reason="the optional package av is not installed")
-    source = tmp_path / "in.mp4"
-    source.write_bytes(b"no clip at all" * 50)
-    before = files_under(tmp_path)
-    assert_one_line_error(
-        enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, str(source)
-    )
-    assert_one_line_error(
-        enhance(checkpoint, source, tmp_path / "out.png"), capsys.readouterr().err, ".mp4"
-    )
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    assert_one_line_error(
-        enhance(checkpoint, source, tmp_path / "out.mp4"), capsys.readouterr().err, "pip install av"
-    )
-    assert files_under(tmp_path) == before
+    (album / "deep" / "broken.png").unlink()
+    for name in ("walk.mp4", "deep/RUN.MOV", ".hidden.mkv"):
+        (album / name).write_bytes(b"film")
+    assert enhance(checkpoint, album, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "2 clips left out; python tools/enhance_video.py" in printed
+    assert set(rows_of(tmp_path / "out")) == {"a.png", "b.jpg", "c.PNG"}
+    assert enhance(checkpoint, f"{album}/*.png", tmp_path / "again") == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_clip_is_refused_and_its_command_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "walk.mp4").write_bytes(b"film")
+    status = enhance(checkpoint, tmp_path / "walk.mp4", tmp_path / "out.mp4")
+    words = ("walk.mp4", "tools/enhance_video.py")
+    assert_one_line_error(status, capsys.readouterr().err, *words)
+    assert (ROOT / "tools" / "enhance_video.py").is_file()
+    assert files_under(tmp_path) == {"walk.mp4"}
+
+
+@pytest.mark.parametrize("use", [{}, {"tile_size": 64}, {"temperature": 0.7}])
+def test_what_is_scored_is_what_the_user_gets(
+    checkpoint: Path, tmp_path: Path, use: dict[str, Any]
+) -> None:
+    """Evaluation writes the very levels that --mode enhance writes for the same picture."""
+    high = target_picture(2, 150, 330)
+    low = save_picture(tmp_path / "low" / "a.png", dark_picture(high))
+    save_picture(tmp_path / "high" / "a.png", high)
+    folders = {f"eval_{kind}_dir": tmp_path / kind for kind in ("low", "high")}
+    given = folders | {"results_dir": tmp_path / "results", "eval_size": "native"} | use
+    settings = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    command = ["--mode", "evaluate", "--checkpoint", str(checkpoint), *settings]
+    assert ms.main(command) == 0
+    scored = next((tmp_path / "results").glob("eval_*/images/a.png"))
+    own = [f"{key}={value}" for key, value in use.items()]
+    assert enhance(checkpoint, low, tmp_path / "out.png", *own) == 0
+    assert np.array_equal(read_image(scored), read_image(tmp_path / "out.png"))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import export_onnx
 import numpy as np
 import pytest
 import torch
 from cli_tools import assert_one_line_error, files_under
-from conftest import randomise
+from conftest import ROOT, randomise
 
+import baselines
 import model_script as ms
 from support.checkpoints import save_checkpoint
 
@@ -36,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(checkpoint: Path, target: Path) -> int:
-    return ms.main(["--mode", "export", "--checkpoint", str(checkpoint), "--output", str(target)])
+    return export_onnx.main(["--checkpoint", str(checkpoint), "--output", str(target)])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_onnx_and_pytorch_agree_at_any_size(
 ) -> None:
     import onnxruntime
 
-    model = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)[0]
+    model = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow).model
     low = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) ** 2
     with torch.no_grad():
         expected = model.enhance(low).numpy()
@@ -84,7 +88,7 @@ def test_a_file_that_differs_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ms, "EXPORT_TOLERANCE", 0.0)
+    monkeypatch.setattr(export_onnx, "TOLERANCE", 0.0)
     status = export(checkpoint, tmp_path / "e.onnx")
     assert_one_line_error(status, capsys.readouterr().err, "differ", expected=1)
     assert files_under(tmp_path) == set()
@@ -112,11 +116,11 @@ def test_what_onnx_cannot_express_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        ms.Enhancer, "forward", lambda self, low: low + torch.linalg.svdvals(low).sum()
+        export_onnx.Enhancer, "forward", lambda self, low: low + torch.linalg.svdvals(low).sum()
     )
     status = export(checkpoint, tmp_path / "e.onnx")
     assert_one_line_error(
-        status, capsys.readouterr().err, "--mode export", "ConditionalFlow", "--mode enhance"
+        status, capsys.readouterr().err, "cannot express", "ConditionalFlow", "--mode enhance"
     )
     assert files_under(tmp_path) == set()
 
@@ -125,3 +129,46 @@ def test_another_suffix_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_one_line_error(export(checkpoint, tmp_path / "e.pt"), capsys.readouterr().err, ".onnx")
+
+
+def test_weights_that_nobody_knows_are_refused(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True) | {"system": "Unheard"}
+    torch.save(content, tmp_path / "u.pth")
+    for path in (tmp_path / "u.pth", tmp_path / "missing.pth"):
+        status = export(path, tmp_path / "e.onnx")
+        assert_one_line_error(status, capsys.readouterr().err, path.name)
+    assert files_under(tmp_path) == {"u.pth"}
+
+
+class Plain(ms.System):
+    """Another system, which knows nothing of flows."""
+
+    def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
+        return (3 * low).clamp(0, 1)
+
+
+def test_another_systems_weights_are_found_by_their_name(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setitem(baselines.SYSTEMS, "Plain", (__name__, "Plain", "plain.json"))
+    content = {"system": "Plain", "config": dataclasses.asdict(ms.Config()), "model": {}}
+    save_checkpoint(tmp_path / "p.pth", {**content, "run_id": "r"})
+    assert export(tmp_path / "p.pth", tmp_path / "e.onnx") == 0
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"]
+    )
+    low = np.full((1, 3, 20, 30), 0.1, np.float32)
+    assert np.abs(session.run(None, {"low": low})[0] - 0.3).max() < 1e-6
+
+
+def test_the_command_starts_from_anywhere_and_explains_itself(tmp_path: Path) -> None:
+    script = str(ROOT / "tools" / "export_onnx.py")
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, script, "--help"])
+    assert done.returncode == 0 and "python tools/export_onnx.py --output" in done.stdout
+    done = run([sys.executable, script])
+    assert_one_line_error(done.returncode, done.stderr, "--output")

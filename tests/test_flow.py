@@ -204,14 +204,14 @@ def test_bits_per_dim_of_a_gaussian_is_its_entropy_plus_eight() -> None:
     log_prob = ms.gaussian_log_prob(
         z, torch.full_like(z, 0.5), torch.tensor(math.log(sigma), dtype=z.dtype)
     )
-    bits = ms.bits_per_dim(log_prob, z.shape[1])
+    bits = ms.to_bits_per_dim(log_prob, z.shape[1])
     expected = float(scipy.stats.norm(0.5, sigma).entropy()) / math.log(2) + 8
     assert bits.shape == (4,)
     assert bits.tolist() == pytest.approx([expected] * 4, abs=0.02)
 
 
 def test_uniform_density_costs_eight_bits() -> None:
-    assert ms.bits_per_dim(torch.zeros(2), 192).tolist() == [8.0, 8.0]
+    assert ms.to_bits_per_dim(torch.zeros(2), 192).tolist() == [8.0, 8.0]
 
 
 def test_discrete_gaussian_costs_what_its_probabilities_say() -> None:
@@ -227,7 +227,7 @@ def test_discrete_gaussian_costs_what_its_probabilities_say() -> None:
     log_prob = ms.gaussian_log_prob(
         y, torch.full_like(y, 128.5 / 256), torch.tensor(math.log(30 / 256), dtype=y.dtype)
     )
-    assert float(ms.bits_per_dim(log_prob, len(drawn))) == pytest.approx(
+    assert float(ms.to_bits_per_dim(log_prob, len(drawn))) == pytest.approx(
         float(-mass[drawn].log2().mean()), abs=2e-3
     )
 
@@ -268,9 +268,9 @@ def test_decoding_the_encoded_picture_gives_it_back() -> None:
     model = small_model()
     low, high = (pixels(1, 3, 24, 16, seed=s).float().mul(255).round() / 255 for s in (1, 2))
     with torch.no_grad():
-        condition = model._condition_whole(low)
-        _, latent = model.log_likelihood(high, condition, pixels(1, 3, 24, 16, seed=3).float())
-        back = model.decode(condition.prior_mean + latent * model.log_sigma.exp(), condition)
+        condition = model.condition(low)
+        _, standardised = model.code_length(high, condition)
+        back = model.decode(condition, standardised)
     assert (back - high).abs().max() * 255 <= 0.5 + 1e-2
     assert torch.equal(
         (back * 255 + torch.where(back > high, -0.02, 0.02)).round(), (high * 255).round()
@@ -284,10 +284,10 @@ def test_likelihood_is_the_change_of_variables_by_hand() -> None:
     low, high = pixels(2, 3, 8, 8, seed=1), pixels(2, 3, 8, 8, seed=2)
     torch.manual_seed(5)
     with torch.no_grad():
-        bits, standardised = model.likelihood(high, low)
+        bits, standardised = model.bits_per_dim(high, low)
         torch.manual_seed(5)
         y = (high * 255 + torch.rand_like(high[:1])) / 256  # one draw for the batch
-        condition = model._condition_whole(low)
+        condition = model.condition(low)
         latent = model.flow(y, condition.features)[0]
     sigma = float(model.log_sigma.detach().exp())
     for item in range(2):
@@ -311,7 +311,7 @@ def test_likelihood_of_odd_sizes_never_counts_padding() -> None:
     with torch.no_grad():
         for picture in (high, other):
             torch.manual_seed(0)
-            value, latent = model.likelihood(picture, low)
+            value, latent = model.bits_per_dim(picture, low)
             bits.append(float(value))
             latents.append(latent)
     assert latents[0].shape == (1, 48, 5, 5)
@@ -335,11 +335,12 @@ def test_temperature_zero_is_deterministic_and_above_zero_is_not() -> None:
 def test_temperature_is_in_prior_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     latents: list[Tensor] = []
-    monkeypatch.setattr(
-        ms.ConditionalFlow,
-        "decode",
-        lambda self, z, c: latents.append(z) or z.new_zeros(1, 3, 64, 64),
-    )
+
+    def inverse(self: ms.Flow, z: Tensor, condition: Sequence[Tensor]) -> tuple[Tensor, None]:
+        latents.append(z)
+        return z.new_zeros(1, 3, 64, 64), None
+
+    monkeypatch.setattr(ms.Flow, "inverse", inverse)
     with torch.no_grad():
         model.enhance(pixels(1, 3, 64, 64).float())
         model.enhance(pixels(1, 3, 64, 64).float(), 0.8)
@@ -386,7 +387,10 @@ def test_sample_grid_reads_every_item_at_its_own_box() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 33), (50, 31)])
-def test_padded_box_leaves_the_picture_where_it_was(height: int, width: int) -> None:
+def test_padding_leaves_the_picture_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    """What the flow is told of a picture with padding is told at its pixels' own places."""
     image = pixels(1, 3, height, width)
     padded = ms.pad_to_multiple(image)
     assert padded.shape[-2] % 8 == padded.shape[-1] % 8 == 0
@@ -394,11 +398,25 @@ def test_padded_box_leaves_the_picture_where_it_was(height: int, width: int) -> 
     assert torch.equal(padded[..., :height, :width], image)
     assert (padded[..., height:, :width] == image[..., -1:, :]).all()
     assert (padded[..., :height, width:] == image[..., -1:]).all()
-    grid = normals(1, 2, 8, 8)
-    for box in (torch.tensor([ms.WHOLE_BOX], dtype=torch.float64), box_of(3, 5, 20, 30, 40, 60)):
-        plain = ms.sample_grid(grid, box, (height, width))
-        stretched = ms.sample_grid(grid, ms.padded_box(box, height, width), padded.shape[-2:])
-        torch.testing.assert_close(stretched[..., :height, :width], plain, atol=1e-12, rtol=0)
+    model = small_model(torch.float64)
+    survey = model.survey(ms.resize(image, (32, 32)))
+    read: list[Tensor] = []
+    sample_grid = ms.sample_grid
+
+    def spy(grid: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
+        read.append(sample_grid(grid, box, size))
+        return read[-1]
+
+    monkeypatch.setattr(ms, "sample_grid", spy)
+    for box in (None, box_of(3, 5, 20, 30, 40, 60)):
+        read.clear()
+        condition = model.condition(image, survey, box)
+        assert condition.size == (height, width)
+        given = torch.tensor([ms.WHOLE_BOX], dtype=torch.float64) if box is None else box
+        plain = sample_grid(survey.colour, given, (height, width))
+        assert read[0].shape[-2:] == padded.shape[-2:]
+        torch.testing.assert_close(read[0][..., :height, :width], plain, atol=1e-12, rtol=0)
+        assert model.decode(condition).shape == (1, 3, height, width)
 
 
 def crop_difference(
@@ -413,10 +431,10 @@ def crop_difference(
     size = model.config.thumbnail_size
     with torch.no_grad():
         thumbnail = ms.resize(low, (size, size))
-        whole = model._condition_whole(low)
+        whole = model.condition(low)
         box = box_of(*place, *low.shape[-2:]).float() + shift
         part = model.condition(low[..., top:bottom, left:right], model.survey(thumbnail), box)
-        pairs = [(model.decode(part.prior_mean, part), model.decode(whole.prior_mean, whole), 1)]
+        pairs = [(model.decode(part), model.decode(whole), 1)]
         pairs += [
             (part.features[0], whole.features[0], 2),
             (part.features[1], whole.features[1], 4),
@@ -435,7 +453,7 @@ def test_crop_with_the_whole_thumbnail_agrees_with_the_whole_picture() -> None:
     model = small_model(scale=0.03)
     low = pixels(1, 3, 304, 288).float()
     place = (24, 16, 280, 272)
-    assert crop_difference(model, low, place, 0.0, model.reach).max() < 1e-4
+    assert crop_difference(model, low, place, 0.0, model.receptive_field).max() < 1e-4
     assert crop_difference(model, low, place, 0.0, 0).max() > 1e-3
     assert crop_difference(model, low, place, 0.02, 112).max() > 1e-3
 

@@ -26,17 +26,16 @@ from test_odd_pictures import resident
 
 import model_script as ms
 from support.checkpoints import FORMAT_VERSION, load_checkpoint
-from support.runtime import Runtime
+from support.scenes import training_twins
 from support.settings import UserError
 
 SECONDS, MEGABYTES = 5.0, 300.0
-CPU = Runtime(torch.device("cpu"), torch.float32)
 Content = dict[str, Any]
 
 
 def good_content() -> Content:
     torch.manual_seed(5)
-    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.04)
     content = {
         "format_version": FORMAT_VERSION,
@@ -233,9 +232,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # its content and a word of
     "config laughs": (lambda: configured(crop_scales=laughs()), "crop_scales"),
     "config tensor value": (lambda: configured(seed=torch.ones(4)), "seed"),
     "config folder list": (lambda: configured(train_low_dir=[1]), "train_low_dir"),
-    "config folder number": (lambda: configured(eval_high_dir=0), "eval_high_dir"),
+    "config number null": (lambda: configured(batch_size=None), "batch_size"),
+    "config table": (lambda: configured(seed={"a": 1}), "seed"),
     "config folder null": (lambda: configured(val_low_dir="a\0b"), "val_low_dir"),
-    "config odd keys": (lambda: configured(samples={(1, 2): {3: 4}}), "samples"),
+    "config odd keys": (lambda: configured(flips={(1, 2): {3: 4}}), "flips"),
     "weights none": (lambda: changed(model=None), "do not fit"),
     "weights list": (lambda: changed(model=[torch.ones(3)]), "do not fit"),
     "weights empty": (lambda: changed(model={}), "do not fit"),
@@ -288,10 +288,8 @@ def try_all(paths: list[Path]) -> list[Outcome]:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, started, refusal = resident("VmRSS"), time.process_time(), ""
         try:
-            model, config, runtime, _ = ms.load_model(
-                str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config
-            )
-            ms.enhance_pixels(model, pixels, config, runtime)
+            loaded = ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow)
+            ms.enhance_pixels(loaded.model, pixels, loaded.use, loaded.runtime)
         except UserError as error:
             refusal = str(error)
         except BaseException as error:
@@ -325,7 +323,7 @@ def test_good_weights_load_in_any_precision(outcomes: dict[str, Outcome]) -> Non
 @pytest.mark.parametrize("name", [*BAD, "missing"])
 def test_bad_weights_cost_one_line(outcomes: dict[str, Outcome], name: str) -> None:
     found = outcomes[name]
-    word = BAD[name][1] if name != "missing" else "No such file"
+    word = BAD[name][1] if name != "missing" else "no such checkpoint"
     assert word in found.refusal and "\n" not in found.refusal and len(found.refusal) < 500
     assert f"{name}.pth" in found.refusal or "--checkpoint" in found.refusal
     assert found.seconds < SECONDS and found.megabytes < MEGABYTES
@@ -365,15 +363,10 @@ def test_the_traps_are_real(tmp_path: Path) -> None:
 def test_odd_training_thumbnails_flag_no_pair(
     thumbnails: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Store:
-        thumbnails = np.zeros((2, 16, 16, 3), np.uint8)
-
-        def __len__(self) -> int:
-            return 2
-
-    assert ms.training_twins(Store(), {"training_thumbnails": thumbnails}) == [None, None]
+    targets = np.zeros((2, 16, 16, 3), np.uint8)
+    assert training_twins(targets, {"training_thumbnails": thumbnails}) == [None, None]
     assert "no pair is flagged" in capsys.readouterr().out
-    assert ms.training_twins(Store(), good_content()) == [True, True]
+    assert training_twins(targets, good_content()) == [True, True]
 
 
 # training states ----------------------------------------------------------------------------------
@@ -398,9 +391,6 @@ SPOILED: dict[str, Callable[[Content], Any]] = {
     "run above": lambda content: content.update(run_id=".."),
     "nameless run": lambda content: content.update(run_id=""),
     "null run": lambda content: content.update(run_id="a\0b"),
-    "escaping file": lambda content: content["training"].update(kept=["../best_model.pth"]),
-    "files that are none": lambda content: content["training"].update(kept=[1]),
-    "the best as one of many": lambda content: content["training"].update(kept=["best_model.pth"]),
     "no table": lambda content: content.update(training=[1]),
     "empty": lambda content: content.update(training={}),
     "no run": lambda content: content.pop("run_id"),
@@ -453,18 +443,15 @@ def test_a_checkpoint_does_not_say_what_its_use_may_cost(trained: Path, tmp_path
         num_workers=64, exposure=6.0, quality=1, reference="/dev/zero", results_dir="elsewhere"
     )
     torch.save(content, tmp_path / "dear.pth")
-    config = ms.load_model(
-        str(tmp_path / "dear.pth"), {"device": "cpu", "quality": 7}, ms.ConditionalFlow, ms.Config
-    )[1]
-    assert {name: getattr(config, name) for name in ms.USE_KEYS} == {
-        **{name: getattr(ms.Config(), name) for name in ms.USE_KEYS},
-        **{"device": "cpu", "quality": 7},
-    }
+    given = {"device": "cpu", "quality": 7}
+    loaded = ms.load_model(str(tmp_path / "dear.pth"), given, ms.ConditionalFlow)
+    assert loaded.use == ms.Use(device="cpu", quality=7)
+    assert not set(dataclasses.asdict(loaded.model.config)) & ms.RETIRED_KEYS
 
 
 def test_a_state_far_ahead_with_no_checkpoints_ends_at_once(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained / "ckpt" / "checkpoint_epoch_1.pth", weights_only=True)
-    content["training"].update(step=10**12, kept=[])
+    content["training"].update(step=10**12)
     torch.save(content, tmp_path / "ahead.pth")
     outputs = {f"{name}_dir": str(tmp_path / name) for name in ("checkpoint", "log", "results")}
     assert (

@@ -94,11 +94,7 @@ def kill_and_compare(folder: Path, kills: int, epochs: int) -> Counter[str]:
     kept = {f"checkpoint_epoch_{epoch}.pth" for epoch in range(epochs - 2, epochs + 1)} | {
         "best_model.pth"
     }
-    # what a run that died before its first checkpoint had found best was set aside by the run that
-    # began anew
-    names = {
-        path.name for path in (folder / "killed" / "ckpt").iterdir() if path.stem.count("_") <= 2
-    }
+    names = {path.name for path in (folder / "killed" / "ckpt").iterdir()}
     # none that a kill kept from being removed
     assert {name for name in names if not name.startswith(".")} == kept
     return Counter(word for life in lives for word in [*life["within"], *["torn"] * life["torn"]])

@@ -11,7 +11,6 @@ import scipy.stats
 import skimage
 from conftest import smooth_scene
 
-import model_script as ms
 from support.metrics import (
     ciede2000_of,
     colourfulness,
@@ -22,6 +21,7 @@ from support.metrics import (
     summarise,
     wasserstein_of,
 )
+from support.scenes import find_twins
 
 
 def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -224,5 +224,5 @@ def test_find_twins_flags_equal_and_nearly_equal_only() -> None:
     ).astype(np.uint8)
     brighter = np.clip(known[1].astype(int) + 12, 0, 255).astype(np.uint8)
     tested = np.stack([known[3], other, nearly, brighter])
-    assert ms.find_twins(tested, known).tolist() == [True, False, True, False]
-    assert ms.find_twins(tested, known[:0]).tolist() == [False] * 4
+    assert find_twins(tested, known).tolist() == [True, False, True, False]
+    assert find_twins(tested, known[:0]).tolist() == [False] * 4

@@ -24,22 +24,28 @@ from cli_tools import assert_one_line_error, files_under, run_script
 from conftest import randomise
 from odd_pictures import Odd, make_corpus
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import model_script as ms
 from support.checkpoints import save_checkpoint
-from support.folders import ENHANCE_COLUMNS, enhance_folder, find_inputs
+from support.folders import ENHANCE_COLUMNS, find_inputs, work_off
 from support.runtime import Runtime
 from support.settings import UserError
 
 SECONDS, MEGABYTES = 2.0, 300.0
 
 
-class Echo(nn.Module):
+class Echo(ms.System):
     """Gives back what it gets, so that the written picture shows what was read."""
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         return low
+
+
+def echo() -> ms.Loaded:
+    """A model that gives back what it gets, ready for use."""
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    return ms.Loaded(Echo(ms.Config()), ms.Use(device="cpu"), runtime, {})
 
 
 class Outcome(NamedTuple):
@@ -63,7 +69,7 @@ def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
     """Enhance every (source, target); anything but a UserError ends it. To be run in a process of
     its own."""
     torch.set_num_threads(1)
-    config, runtime = ms.Config(device="cpu"), Runtime(torch.device("cpu"), torch.float32)
+    loaded = echo()
     chatter = os.open(log, os.O_CREAT | os.O_RDWR)
     os.dup2(chatter, 2)
     outcomes = []
@@ -74,7 +80,7 @@ def try_all(jobs: list[tuple[Path, Path]], log: Path) -> list[Outcome]:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, started, refusal = resident("VmRSS"), time.process_time(), ""
         try:
-            ms.enhance_file(source, target, Echo(), config, runtime, None)
+            ms.enhance_file(source, target, loaded, None)
         except UserError as error:
             refusal = str(error)
         except BaseException as error:
@@ -174,7 +180,7 @@ def test_a_refused_file_leaves_nothing_behind(trial: Trial) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "best_model.pth"
     torch.manual_seed(5)
-    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, device="cpu")
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
     model = randomise(ms.ConditionalFlow(config), 0.04)
     save_checkpoint(
         path,
@@ -221,7 +227,7 @@ def test_a_folder_of_odd_files_is_done_to_its_end(
 def test_the_table_names_every_file_whatever_its_name(
     trial: Trial, album: tuple[Path, str, str], checkpoint: Path
 ) -> None:
-    """And it is read again: what is done is not done twice."""
+    """And what is done is not done twice: the next table says so, whatever the names."""
     out = album[0]
     with open(
         out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape"
@@ -233,15 +239,15 @@ def test_the_table_names_every_file_whatever_its_name(
     done = [(trial.folder / name, out / name) for name in rows if not trial.outcomes[name].refusal]
     before = (out / "enhance.csv").read_bytes()
     assert (
-        enhance_folder(
-            done, out, lambda source, target: pytest.fail(f"{source} again"), again=False
-        )
-        == 0
+        work_off(done, out, lambda source, target: pytest.fail(f"{source} again"), again=False) == 0
     )
     with open(
         out / "enhance.csv", newline="", encoding="utf-8", errors="surrogateescape"
     ) as stream:
-        assert {Path(row["file"]).name: row for row in csv.DictReader(stream)} == rows
+        again = {Path(row["file"]).name: row for row in csv.DictReader(stream)}
+    assert again.keys() == {source.name for source, _ in done}
+    assert {row["note"] for row in again.values()} == {"made by an earlier run"}
+    assert all(again[name]["output"] == rows[name]["output"] for name in again)
     assert b"\xff\xfe" in before and b'two\nlines.png"' in before
 
 
@@ -321,14 +327,7 @@ def test_a_format_that_cannot_hold_the_picture_is_named(
     Image.new("RGB", size[::-1]).save(tmp_path / "in.png")
     target = tmp_path / f"out{suffix}"
     with pytest.raises(UserError, match=f"out{suffix}.*cannot hold.*another suffix"):
-        ms.enhance_file(
-            tmp_path / "in.png",
-            target,
-            Echo(),
-            ms.Config(),
-            Runtime(torch.device("cpu"), torch.float32),
-            None,
-        )
+        ms.enhance_file(tmp_path / "in.png", target, echo(), None)
     assert files_under(tmp_path) == {"in.png"}
 
 
@@ -337,30 +336,19 @@ def test_exif_too_long_for_jpeg_does_not_cost_the_picture(tmp_path: Path) -> Non
     exif[0x010F] = "M" * 65_400
     exif[0x0110] = "N" * 200
     Image.new("RGB", (20, 16), (200, 100, 50)).save(tmp_path / "in.tif", exif=exif)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
     for suffix in ("jpg", "png"):
-        ms.enhance_file(
-            tmp_path / "in.tif", tmp_path / f"out.{suffix}", Echo(), ms.Config(), runtime, None
-        )
+        ms.enhance_file(tmp_path / "in.tif", tmp_path / f"out.{suffix}", echo(), None)
         with Image.open(tmp_path / f"out.{suffix}") as picture:
             assert np.abs(np.asarray(picture).astype(int) - (200, 100, 50)).max() < 4
             assert (0x010F in picture.getexif()) == (suffix == "png")
 
 
-@pytest.mark.parametrize(
-    "table",
-    [b"\xff\xfe\0f\0i\0", b"file,note,rating\r\nelsewhere.png,ok,5\r\n", b'file\r\na,b,c\r\n"'],
-)
+@pytest.mark.parametrize("table", [b"\xff\xfe\0f\0i\0", b'file\r\na,b,c\r\n"'])
 def test_a_foreign_table_does_not_stop_a_folder(tmp_path: Path, table: bytes) -> None:
-    """enhance.csv may have come back from a spreadsheet; what it says is kept where it can be
-    read."""
+    """enhance.csv may have come back from a spreadsheet; the rows of this run replace it."""
     (tmp_path / "enhance.csv").write_bytes(table)
     row = dict.fromkeys(ENHANCE_COLUMNS, "1") | {"file": "new.png"}
     jobs = [(Path("new.png"), tmp_path / "new.png")]
-    assert enhance_folder(jobs, tmp_path, lambda source, target: row, again=False) == 0
+    assert work_off(jobs, tmp_path, lambda source, target: row, again=False) == 0
     with open(tmp_path / "enhance.csv", newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert rows[0] | row == rows[0]
-    assert ("rating" in rows[0]) == (b"rating" in table)
-    if b"rating" in table:
-        assert rows[1]["file"] == "elsewhere.png" and rows[1]["rating"] == "5"
+        assert list(csv.DictReader(stream)) == [row]

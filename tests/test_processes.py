@@ -21,6 +21,7 @@ from cli_tools import (
     differing,
     environment,
     make_data,
+    parsed,
     run_script,
     save_picture,
     target_picture,
@@ -31,8 +32,17 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model_script as ms
-from support.checkpoints import RUN_FILE, newest_checkpoint
-from support.processes import divide, from_all, from_first, my_share, process_group, processes, rank
+from support.checkpoints import refuse_other_run, resume_from
+from support.processes import (
+    all_gather,
+    all_reduce,
+    broadcast,
+    divide,
+    process_group,
+    rank,
+    shard,
+    world_size,
+)
 from support.settings import UserError
 
 STEPS = 20
@@ -216,25 +226,20 @@ def test_no_thread_of_the_group_outlives_it(job: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_restart_never_takes_up_an_older_run(
+def test_a_restart_goes_on_and_a_first_start_never_takes_up_an_older_run(
     together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = together / "ckpt" / f"checkpoint_epoch_{STEPS}.pth"
-    run_id = torch.load(newest, weights_only=True)["run_id"]
-    assert (together / "ckpt" / RUN_FILE).read_text() == run_id
-    assert newest_checkpoint(together / "ckpt", "another run") is None
     folder = tmp_path / "ckpt"
     shutil.copytree(together / "ckpt", folder)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert ms.after_restart(folder) == str(folder / newest.name)
-    (folder / RUN_FILE).write_text("another run")
-    assert ms.after_restart(folder) is None
-    (folder / RUN_FILE).write_text(run_id)
+    assert resume_from(None, folder) == str(folder / newest.name)
+    assert resume_from(None, tmp_path) is None  # it died before its first checkpoint
+    # a first start is no restart: what lies there is another run's, and is refused
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    # a first start, which may die before it has claimed the folder
-    assert ms.after_restart(folder) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert ms.after_restart(folder) is None
+    assert resume_from(None, folder) is None
+    with pytest.raises(UserError, match="holds another run"):
+        refuse_other_run(folder)
 
 
 def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(
@@ -243,13 +248,15 @@ def test_a_resumed_run_is_restarted_from_its_own_newest_checkpoint(
     """Its folder stands in the checkpoint: neither --config nor --set names it."""
     weights, started = together / "ckpt", []
     monkeypatch.setattr(
-        ms, "Trainer", lambda config, system, resume: started.append((config, resume)) or Finished()
+        ms,
+        "Trainer",
+        lambda config, use, system, resume: started.append((config, resume)) or Finished(),
     )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
     first = weights / "checkpoint_epoch_5.pth"
-    arguments = ms.parse_command_line(["--mode", "train", "--resume", str(first)])
+    arguments = parsed(["--mode", "train", "--resume", str(first)])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert ms.train(arguments, ms.ConditionalFlow, ms.Config) == 0
+    assert ms.train(arguments, ms.ConditionalFlow) == 0
     ((config, resume),) = started
     assert resume == str(
         weights / f"checkpoint_epoch_{STEPS}.pth"
@@ -323,14 +330,9 @@ def test_a_folder_is_shared_out_and_listed_once(job: Path, together: Path) -> No
     assert names[0] == names[1] and len(names[0]) == 6
 
 
-@pytest.mark.parametrize("mode", ["demo", "export"])
-def test_work_for_one_process_is_refused(tmp_path: Path, mode: str) -> None:
-    done = torchrun(
-        "--mode", mode, *(["--output", "x.onnx"] if mode == "export" else []), cwd=tmp_path
-    )
-    assert (
-        done.returncode != 0 and f"error: --mode {mode} is the work of one process" in done.stderr
-    )
+def test_work_for_one_process_is_refused(tmp_path: Path) -> None:
+    done = torchrun("--mode", "demo", cwd=tmp_path)
+    assert done.returncode != 0 and "error: --mode demo is the work of one process" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -360,6 +362,7 @@ def test_processes_and_parts_divide_a_batch_without_rest(count: int, of: int, pa
 
 
 def test_one_process_needs_no_group() -> None:
-    assert (rank(), processes()) == (0, 1)
-    assert from_first("x") == "x" and from_all(3) == [3] and list(my_share([1, 2])) == [1, 2]
+    assert (rank(), world_size()) == (0, 1)
+    assert broadcast("x") == "x" and all_gather(3) == [3] and list(shard([1, 2])) == [1, 2]
+    assert all_reduce(torch.ones(2)).tolist() == [1, 1]
     assert "RANK" not in os.environ

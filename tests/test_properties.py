@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cli_tools import parsed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
@@ -20,9 +21,10 @@ from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
 import model_script as ms
 from support.decoding import SUFFIXES, Picture, read_image, read_picture
 from support.pictures import encode_picture
-from support.settings import UserError, read_config_file
+from support.settings import UserError, assignments, read_config_file, read_settings
 
-FIELDS = {key.name: key for key in dataclasses.fields(ms.Config)}
+KINDS = (ms.Config, ms.Use)
+FIELDS = {key.name: key for kind in KINDS for key in dataclasses.fields(kind)}
 often = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -39,6 +41,12 @@ anything = st.recursive(
 )
 
 
+def source(name: str, share: float) -> dict[str, Any]:
+    """An object of `sources` as it is after reading."""
+    folders = {f"{kind}_dir": name for kind in ("low", "high", "val_low", "val_high")}
+    return {"name": name, "share": share + 1e-3, "darken": 0.5, **folders}
+
+
 def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
     """Values that a key allows."""
     low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
@@ -50,6 +58,10 @@ def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
         return st.text(
             st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12
         )
+    if key.type == "list[dict]":
+        name = st.text("abc", min_size=1, max_size=3)
+        share = st.floats(0, 1e6)
+        return st.lists(st.builds(source, name, share), max_size=3, unique_by=lambda s: s["name"])
     number = st.integers(low, high) if "int" in key.type else st.floats(low, high)
     return st.lists(number, min_size=1, max_size=4) if key.type.startswith("list") else number
 
@@ -68,25 +80,44 @@ def is_right(key: dataclasses.Field, value: Any) -> bool:
         "str": str,
         "list[int]": int,
         "list[float]": float,
+        "list[dict]": dict,
     }
     items = value if key.type.startswith("list") else [value]
     low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
     typed = all(type(item) is kinds[key.type] for item in items) and len(items) > 0
+    if key.type == "list[dict]":
+        return value == [] or all(type(item) is dict and item["name"] for item in value)
     return typed and all(
         (low is None or low <= item <= high) and (not choices or item in choices) for item in items
     )
+
+
+def as_text(value: Any) -> str:
+    """A value as it is typed after --set KEY=."""
+    items = value if isinstance(value, list) else [value]
+    return ",".join(item if isinstance(item, str) else json.dumps(item) for item in items)
 
 
 @often
 @given(name=st.sampled_from(sorted(FIELDS)), value=anything)
 def test_any_value_of_any_key_is_typed_or_refused_by_name(name: str, value: Any) -> None:
     try:
-        typed = ms.typed_settings(ms.Config(), {name: value}, "here")[name]
+        typed = read_settings(KINDS, {name: value}, "here")[name]
     except UserError as error:
-        assert str(error).startswith(f"here: {name} must be ") and len(str(error)) < 400
+        text = str(error)
+        option = f"--{name.replace('_', '-')}"
+        starts = (f"here: {name} must be ", f"here: {option} has", "here: sources: ")
+        assert text.startswith(starts)
+        assert len(text) < 400
     else:
         assert is_right(FIELDS[name], typed)
-        assert typed == value
+        # nothing is guessed: the same again, or what its text means
+        assert (
+            typed == value
+            or name == "sources"
+            or read_settings(KINDS, {name: as_text(value)}, "here")[name] == typed
+        )
+        assert value is not None and not isinstance(value, dict)
 
 
 @often
@@ -95,14 +126,14 @@ def test_right_settings_come_through_a_file_and_through_set(chosen: dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.json"
         path.write_text(json.dumps(chosen))
-        typed = ms.typed_settings(ms.Config(), read_config_file(str(path)), "here")
+        typed = read_settings(KINDS, read_config_file(str(path)), "here")
     assert typed == chosen
     assert all(is_right(FIELDS[name], value) for name, value in typed.items())
     texts = [
         f"{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in chosen.items()
     ]
-    assert dict(ms.parse_assignment(text, ms.Config) for text in texts) == chosen
+    assert read_settings(KINDS, assignments(texts), "--set") == chosen
 
 
 @often
@@ -127,7 +158,7 @@ def test_any_file_is_a_table_of_settings_or_is_refused_by_name(content: bytes) -
 )
 def test_any_set_is_typed_or_refused(text: str) -> None:
     try:
-        found = ms.parse_command_line(["--mode", "train", f"--set={text}"]).settings
+        found = parsed(["--mode", "train", f"--set={text}"]).settings
     except UserError:
         return
     ((name, value),) = found.items()
@@ -140,17 +171,22 @@ def test_any_set_is_typed_or_refused(text: str) -> None:
 def test_two_dashes_are_no_value(option: str) -> None:
     """argparse drops them and hands on an empty list."""
     with pytest.raises(UserError, match=f"--{option}"):
-        ms.parse_command_line(["--mode", "train", f"--{option}=--"])
+        parsed(["--mode", "train", f"--{option}=--"])
 
 
-@pytest.mark.parametrize("key", ["batch_size", "image_size", "device", "flips", "nonsense"])
+@pytest.mark.parametrize(
+    "key", ["batch_size", "image_size", "device", "flips", "sources", "nonsense"]
+)
 def test_values_nested_to_any_depth_are_refused(tmp_path: Path, key: str) -> None:
     """Reading one may just work where showing it in the message would go one level too deep."""
     path = tmp_path / "c.json"
     for depth in [*range(700, 1050, 7), 5000, 100_000]:
-        path.write_text(f'{{"{key}": {"[" * depth}{"]" * depth}}}')
+        nested = f"{'[' * depth}{']' * depth}"
+        path.write_text(f'{{"{key}": {nested}}}')
         with pytest.raises(UserError):
-            ms.typed_settings(ms.Config(), read_config_file(str(path)), "here")
+            read_settings(KINDS, read_config_file(str(path)), "here")
+        with pytest.raises(UserError):
+            read_settings(KINDS, {key: nested}, "--set")
 
 
 def test_messages_stay_short() -> None:
@@ -166,15 +202,18 @@ def test_messages_stay_short() -> None:
         "x" * 10**6,
         [1] * 10**6,
         10**4000,
+        10**6000,
         {"a": {1j}},
         b"bytes",
         1j,
     ):
         with pytest.raises(UserError, match="batch_size must be an integer") as caught:
-            ms.typed_settings(ms.Config(), {"batch_size": value}, "here")
+            read_settings(KINDS, {"batch_size": value}, "here")
         assert len(str(caught.value)) < 200
+        with pytest.raises(UserError, match="here: sources"):
+            read_settings(KINDS, {"sources": value}, "here")
     with pytest.raises(UserError, match="unknown key") as caught:
-        ms.typed_settings(ms.Config(), {"batch_size" * 10**5: 1}, "here")
+        read_settings(KINDS, {"batch_size" * 10**5: 1}, "here")
     assert len(str(caught.value)) < 400
 
 
@@ -182,7 +221,7 @@ def test_messages_stay_short() -> None:
 @pytest.mark.parametrize("key", ["checkpoint_dir", "train_low_dir", "reference"])
 def test_texts_that_cannot_name_a_file_are_refused(key: str, text: str) -> None:
     with pytest.raises(UserError, match=f"here: {key} must be a text"):
-        ms.typed_settings(ms.Config(), {key: text}, "here")
+        read_settings(KINDS, {key: text}, "here")
 
 
 def test_a_config_without_end_is_refused_at_once(tmp_path: Path) -> None:

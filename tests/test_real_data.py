@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch.utils.data import default_collate
 
 import model_script as ms
+from support import metrics
 from support.decoding import read_image
 from support.runtime import choose_runtime
+from support.scenes import find_twins, split_by_scene
+from support.settings import build
 
 TRAIN, EVALUATION = ROOT / ms.ARCHIVE_TRAIN, ROOT / ms.ARCHIVE_EVAL
 pytestmark = pytest.mark.skipif(
@@ -23,15 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def configured(**changes: Any) -> ms.Config:
-    """The published protocol on the CPU, with a small network."""
-    folders = {
-        f"{part}_{kind}_dir": str(folder / kind)
-        for part, folder in (("train", TRAIN), ("eval", EVALUATION))
-        for kind in ("low", "high")
-    }
-    return ms.apply_settings(
-        ms.Config(), {"device": "cpu", "cache_megabytes": 0} | folders | changes, "test"
-    )
+    """The published protocol."""
+    folders = {f"train_{kind}_dir": str(TRAIN / kind) for kind in ("low", "high")}
+    return build(ms.Config, folders | changes, "test")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,13 @@ def thumbnails() -> np.ndarray:
 
 def shrunk(path: Path, side: int) -> np.ndarray:
     """(side, side, 3) uint8, as PairStore does it."""
-    return np.asarray(
-        ms.Image.fromarray(read_image(path)).resize((side, side), ms.Image.Resampling.BOX)
-    )
+    return np.asarray(Image.fromarray(read_image(path)).resize((side, side), Image.Resampling.BOX))
+
+
+def used(**changes: Any) -> ms.Use:
+    """The evaluation pairs on the CPU."""
+    folders = {f"eval_{kind}_dir": str(EVALUATION / kind) for kind in ("low", "high")}
+    return build(ms.Use, {"device": "cpu"} | folders | changes, "test")
 
 
 def test_all_pairs_are_found() -> None:
@@ -58,10 +60,11 @@ def test_all_pairs_are_found() -> None:
 def test_the_split_keeps_scenes_together(thumbnails: np.ndarray) -> None:
     for seed in (0, 1, 2):
         config = configured(seed=seed)
-        training, validation = ms.split_by_scene(thumbnails, config)
+        split = (config.val_fraction, config.scene_similarity, config.seed)
+        training, validation = split_by_scene(thumbnails, *split)
         assert sorted(training + validation) == list(range(len(thumbnails)))
         assert 0.05 < len(validation) / len(thumbnails) < 0.25
-        assert not ms.find_twins(thumbnails[validation], thumbnails[training]).any()
+        assert not find_twins(thumbnails[validation], thumbnails[training]).any()
 
 
 def test_the_published_numbers_are_of_these_pairs(thumbnails: np.ndarray) -> None:
@@ -71,12 +74,13 @@ def test_the_published_numbers_are_of_these_pairs(thumbnails: np.ndarray) -> Non
         for part in ("validation", "evaluation")
     }
     pairs = ms.find_pairs(str(TRAIN / "low"), str(TRAIN / "high"), "train")
-    _, validation = ms.split_by_scene(thumbnails, configured())
-    assert [pair.name for pair in ms.choose_scenes(pairs, names["validation"])] == [
-        pairs[i].name for i in validation
-    ]
-    evaluation = ms.find_pairs(str(EVALUATION / "low"), str(EVALUATION / "high"), "eval")
-    assert len(ms.choose_scenes(evaluation, names["evaluation"])) == 42
+    config = configured()
+    split = (config.val_fraction, config.scene_similarity, config.seed)
+    _, validation = split_by_scene(thumbnails, *split)
+    train = {f"eval_{kind}_dir": str(TRAIN / kind) for kind in ("low", "high")}
+    chosen = ms.evaluation_pairs(used(scenes=names["validation"], **train))
+    assert [pair.name for pair in chosen] == [pairs[i].name for i in validation]
+    assert len(ms.evaluation_pairs(used(scenes=names["evaluation"]))) == 42
 
 
 def test_a_few_steps_lower_the_loss() -> None:
@@ -96,7 +100,7 @@ def test_a_few_steps_lower_the_loss() -> None:
         global_dropout=0.0,
     )
     pairs = ms.find_pairs(config.train_low_dir, config.train_high_dir, "train")[:2]
-    store = ms.PairStore(pairs, config)
+    store = ms.PairStore(pairs, 0)
     samples = ms.TrainingSamples(store, range(len(store)), config)
     batch = ms.Sample(*default_collate([tuple(samples[0, place]) for place in range(len(samples))]))
     torch.manual_seed(0)
@@ -115,20 +119,18 @@ def test_a_few_steps_lower_the_loss() -> None:
 
 def test_the_unenhanced_input_scores_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 128x128 protocol: dark inputs are about 8.7 dB from their targets."""
-    monkeypatch.setattr(ms, "load_lpips", lambda: None)  # slow, and not asked for here
-    config = configured(cache_megabytes=1024)
-    assert ms.evaluation_size(config) == (128, 128)
-    store = ms.PairStore(ms.find_pairs(config.eval_low_dir, config.eval_high_dir, "eval"), config)
+    monkeypatch.setattr(metrics, "load_lpips", lambda: None)  # slow, and not asked for here
+    config, use = configured(), used()
+    assert use.size_to_score(config) == (128, 128)
+    store = ms.PairStore(ms.evaluation_pairs(use), 2**30)
 
     class Untouched(ms.System):
         def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
             return low
 
-    scored = list(
-        ms.score_pairs(
-            Untouched(config), store, config, choose_runtime(config), [None] * len(store)
-        )
-    )
+    runtime = choose_runtime("cpu", mixed=False)
+    loaded = ms.Loaded(Untouched(config), use, runtime, {})
+    scored = list(ms.score_pairs(loaded, store, [None] * len(store)))
     assert len(scored) == len(store)
     assert all(tuple(one.enhanced.shape) == (3, 128, 128) for one in scored)
     assert float(np.mean([one.row["psnr"] for one in scored])) == pytest.approx(8.7, abs=1.5)

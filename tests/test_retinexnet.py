@@ -23,8 +23,8 @@ from torch import Tensor
 
 import model_script as ms
 from baselines import retinexnet as rn
-from support.pictures import to_tensor, to_uint8
-from support.settings import read_config_file
+from support import settings, simulated
+from support.pictures import resize, to_tensor, to_uint8
 
 EPOCHS = 4  # of 5 steps each, so that epoch 2 ends with the first stage of split
 RECIPE = ROOT / "baselines" / "retinexnet.json"
@@ -319,7 +319,7 @@ def run(folder: Path, *arguments: str | Path, **changes: Any) -> int:
     )
     path = folder / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    return ms.main([*map(str, arguments), "--config", str(path)], rn.RetinexNet, rn.RetinexConfig)
+    return ms.main([*map(str, arguments), "--config", str(path)], rn.RetinexNet)
 
 
 def weights_after(folder: Path, epoch: int) -> dict[str, Any]:
@@ -375,7 +375,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         str(trained / "ckpt" / f"checkpoint_epoch_{epoch}.pth"),
         *outputs,
     ]
-    assert ms.main(resumed, rn.RetinexNet, rn.RetinexConfig) == 0
+    assert ms.main(resumed, rn.RetinexNet) == 0
     assert not differing(weights_after(trained, EPOCHS), weights_after(tmp_path, EPOCHS))
 
 
@@ -406,11 +406,10 @@ def pixels(path: Path) -> np.ndarray:
 def test_evaluation_shows_reflectance_and_illumination(trained: Path) -> None:
     assert run(trained, "--mode", "evaluate") == 0
     (folder,) = (trained / "results").glob("eval_*")
-    model, config, _, _ = ms.load_model(
-        str(trained / "ckpt" / "best_model.pth"), {"device": "cpu"}, rn.RetinexNet, rn.RetinexConfig
-    )
+    weights = str(trained / "ckpt" / "best_model.pth")
+    model = ms.load_model(weights, {"device": "cpu"}, rn.RetinexNet).model
     low = to_tensor(pixels(trained / "data" / "eval" / "low" / "0.png"))[None]
-    low = ms.resize(low, config.image_size, quantise=True)
+    low = resize(low, model.config.image_size, quantise=True)
     with torch.no_grad():
         expected = {
             "": model.enhance(low),
@@ -446,17 +445,16 @@ def test_the_other_modes_train_and_enhance(tmp_path: Path, settings: dict[str, A
     assert run(tmp_path, "--mode", "enhance", "--input", source, "--output", target) == 0
     assert pixels(target).shape == pixels(source).shape
     if settings["training"] == "ignore_ienhance":
-        model = ms.load_model(
-            str(tmp_path / "ckpt" / "best_model.pth"), {}, rn.RetinexNet, rn.RetinexConfig
-        )[0].cpu()
+        weights = str(tmp_path / "ckpt" / "best_model.pth")
+        model = ms.load_model(weights, {}, rn.RetinexNet).model.cpu()
         with torch.no_grad():
             reflectance = to_uint8(model.decom(to_tensor(pixels(source))[None]).reflectance[0])
         assert np.abs(pixels(target).astype(int) - reflectance).max() <= 1
 
 
 def test_the_demo_compares_it_with_gamma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ms, "DEMO_TRAIN", ("coffee", "chelsea"))
-    monkeypatch.setattr(ms, "DEMO_TEST", ("rocket",))
+    monkeypatch.setattr(simulated, "DEMO_TRAIN", ("coffee", "chelsea"))
+    monkeypatch.setattr(simulated, "DEMO_TEST", ("rocket",))
     small = ["--set=image_size=32,32", "--set=num_epochs=1"]
     assert run(tmp_path, "--mode", "demo", *small) == 0
     (table,) = (tmp_path / "results").glob("demo_*/demo.csv")
@@ -503,7 +501,8 @@ def test_wrong_values_and_other_weights_are_one_line(
 
 
 def test_the_recipe_names_only_known_keys() -> None:
-    config = ms.apply_settings(rn.RetinexConfig(), read_config_file(str(RECIPE)), str(RECIPE))
+    given = settings.read_all((rn.RetinexConfig, ms.Use), str(RECIPE), [], ())
+    config = settings.build(rn.RetinexConfig, given, str(RECIPE))
     assert (config.image_size, config.crop_size, config.batch_size) == ([128, 128], 0, 4)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/retinexnet", "logs")
     published = {
@@ -544,15 +543,13 @@ def test_a_key_that_changes_nothing_is_refused(
 def test_such_a_key_in_a_shared_config_file_is_let_pass(tmp_path: Path) -> None:
     shared = tmp_path / "shared.json"
     shared.write_text('{"samples": 4, "uncertainty": true, "batch_size": 3}', encoding="utf-8")
-    settings = ms.parse_command_line(
-        ["--mode", "train", "--config", str(shared)], rn.RetinexConfig
-    ).settings
-    assert settings == {"batch_size": 3}
+    given = ["--mode", "train", "--config", str(shared)]
+    assert ms.parse_command_line(given, rn.RetinexNet).settings == {"batch_size": 3}
 
 
 def test_help_names_its_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        ms.main(["--help"], rn.RetinexNet, rn.RetinexConfig)
+        ms.main(["--help"], rn.RetinexNet)
     shown = capsys.readouterr().out
     assert (
         "with RetinexNet." in shown

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cli_tools import (
     TINY,
+    assert_one_line_error,
     differing,
     main_with,
     make_data,
@@ -30,9 +31,9 @@ from cli_tools import (
 from torch import Tensor, nn
 
 import model_script as ms
-from support.checkpoints import FORMAT_VERSION, RUN_FILE
+from support.checkpoints import FORMAT_VERSION, stored_config
 from support.runtime import cpp_compiler
-from support.settings import knob
+from support.settings import build, knob
 
 EPOCHS, STEPS = 5, 4  # of the run that the resumed ones must repeat; STEPS pairs, one a step
 
@@ -67,7 +68,7 @@ def state(path: Path) -> dict[str, Any]:
     return {"model": found["model"], "epoch": found["epoch"], "training": training}
 
 
-def model_that(act: Any) -> type[nn.Module]:
+def model_that(act: Any) -> type[ms.System]:
     """The model, but `act(call, terms)` sees the losses of each call, counted from 1, and returns
     them."""
     calls = [0]
@@ -80,7 +81,7 @@ def model_that(act: Any) -> type[nn.Module]:
     return Acting
 
 
-def interrupt_at(step: int) -> type[nn.Module]:
+def interrupt_at(step: int) -> type[ms.System]:
     """The model of a user who presses Ctrl-C during that step, counted from 1."""
 
     def act(call: int, terms: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ def test_resuming_after_ctrl_c_equals_the_uninterrupted_run(
     straight: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
     settings = settings_in(data, tmp_path, num_epochs=EPOCHS, keep_checkpoints=100)
-    status = main_with("train", settings, model_class=interrupt_at(step))
+    status = main_with("train", settings, system=interrupt_at(step))
     if step < EPOCHS * STEPS:
         assert status == 130
         path = tmp_path / "ckpt" / "checkpoint_interrupted.pth"
@@ -214,10 +215,9 @@ def test_compiled_training_has_the_same_losses(data: Path, tmp_path: Path) -> No
     """Over 20 steps, dropout and dequantisation noise included."""
     curves = []
     for compiled in (False, True):
-        trainer = ms.Trainer(
-            ms.Config(**settings_in(data, tmp_path, compile=compiled, global_dropout=0.5)),
-            ms.ConditionalFlow,
-        )
+        given = settings_in(data, tmp_path, compile=compiled, global_dropout=0.5)
+        parts = [build(kind, given, "here") for kind in (ms.Config, ms.Use)]
+        trainer = ms.Trainer(*parts, ms.ConditionalFlow)
         assert hasattr(trainer.parallel, "_orig_mod") == compiled
         trainer.model.train()
         batches = trainer._loader([[ms.Draw(0, step % STEPS)] for step in range(20)])
@@ -352,7 +352,7 @@ def test_averaged_weights_are_those_saved(data: Path, tmp_path: Path) -> None:
         main_with(
             "train",
             settings_in(data, tmp_path, num_epochs=1, ema_decay=0.3),
-            model_class=model_that(act),
+            system=model_that(act),
         )
         == 0
     )
@@ -403,51 +403,70 @@ def test_save_and_validation_frequency(data: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "ckpt" / "checkpoint_epoch_4.pth")["training"]["best"] > 0
 
 
-def test_another_runs_best_model_is_renamed_and_ones_own_overwritten(
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, with its content."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+RUNS = ("best_model.pth", "checkpoint_epoch_3.pth", "checkpoint_interrupted.pth")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_that_holds_another_run_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Whatever the file holds: it is somebody's."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / name).write_bytes(b"somebody's work")
+    before = snapshot(tmp_path / "ckpt")
+    assert main_with("train", settings_in(data, tmp_path)) == 2
+    assert_one_line_error(
+        2, capsys.readouterr().err, str(tmp_path / "ckpt"), "another run", name, "--resume"
+    )
+    assert snapshot(tmp_path / "ckpt") == before and not (tmp_path / "logs").exists()
+
+
+def test_a_second_training_is_refused_and_the_first_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # so that it gets better
-    same = {f"val_{kind}_dir": str(data / "data" / "train" / kind) for kind in ("low", "high")}
-    settings = settings_in(data, tmp_path, num_epochs=1, learning_rate=1e-2, ema_decay=0.0, **same)
-    assert main_with("train", settings | {"seed": 5}) == 0
-    best = tmp_path / "ckpt" / "best_model.pth"
-    others = best.read_bytes()
-    os.utime(best, (1_700_000_000, 1_700_000_000))
+    settings = settings_in(data, tmp_path, num_epochs=1)
     assert main_with("train", settings) == 0
-    renamed = [
-        path
-        for path in best.parent.iterdir()
-        if re.fullmatch(r"best_model_\d{8}_\d{6}\.pth", path.name)
-    ]
-    assert len(renamed) == 1
-    assert renamed[0].name.startswith("best_model_202311")  # its own date, not today's
-    assert renamed[0].read_bytes() == others
-    assert str(renamed[0]) in "".join(capsys.readouterr())
-
-    mine, before = best.read_bytes(), {path.name for path in best.parent.glob("best_model*")}
-    assert resume(best.parent / "checkpoint_epoch_1.pth", tmp_path, "--set", "num_epochs=8") == 0
-    assert {path.name for path in best.parent.glob("best_model*")} == before
-    assert best.read_bytes() != mine
-    assert renamed[0].read_bytes() == others
+    weights = snapshot(tmp_path / "ckpt")
+    capsys.readouterr()
+    assert main_with("train", settings | {"seed": 5}) == 2
+    assert_one_line_error(2, capsys.readouterr().err, "holds another run", "checkpoint_dir")
+    assert snapshot(tmp_path / "ckpt") == weights
+    # the hint works: its own folder is no other run's
+    config = ["--set", "num_epochs=2"]
+    assert ms.main(["--mode", "train", "--resume", str(tmp_path / "ckpt"), *config]) == 0
+    assert (tmp_path / "ckpt" / "checkpoint_epoch_2.pth").exists()
 
 
-def test_an_unreadable_best_model_is_kept_too(data: Path, tmp_path: Path) -> None:
-    best = tmp_path / "ckpt" / "best_model.pth"
-    best.parent.mkdir()
-    best.write_bytes(b"somebody's notes")
-    assert main_with("train", settings_in(data, tmp_path, num_epochs=1)) == 0
-    assert [path.read_bytes() for path in best.parent.glob("best_model_*")] == [b"somebody's notes"]
-    assert "model" in content(best)
+def test_training_touches_nothing_that_is_shipped(data: Path, tmp_path: Path) -> None:
+    """The released weights lie where the default recipe trains to."""
+    shipped = {"released.pth": b"released weights", "README.md": b"about them"}
+    (tmp_path / "ckpt").mkdir()
+    for name, content_of in shipped.items():
+        (tmp_path / "ckpt" / name).write_bytes(content_of)
+        os.utime(tmp_path / "ckpt" / name, (0, 0))
+    settings = settings_in(data, tmp_path, num_epochs=3, keep_checkpoints=1)
+    assert main_with("train", settings) == 0
+    for name, content_of in shipped.items():
+        assert (tmp_path / "ckpt" / name).read_bytes() == content_of
+    assert "model" in content(tmp_path / "ckpt" / "best_model.pth")
 
 
-def test_pruning_never_deletes_another_runs_checkpoint(data: Path, tmp_path: Path) -> None:
-    """A run resumed into a folder where another run has checkpoints of the same names."""
+def test_a_run_is_not_resumed_into_another_runs_folder(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    assert main_with("train", settings_in(data, mine, num_epochs=1, keep_checkpoints=1)) == 0
+    assert main_with("train", settings_in(data, mine, num_epochs=1)) == 0
     assert main_with("train", settings_in(data, theirs, num_epochs=1, seed=5)) == 0
-    other = (theirs / "ckpt" / "checkpoint_epoch_1.pth").read_bytes()
-    assert resume(mine / "ckpt" / "checkpoint_epoch_1.pth", theirs, "--set", "num_epochs=2") == 0
-    assert other in [path.read_bytes() for path in (theirs / "ckpt").iterdir()]
+    before = snapshot(theirs)
+    capsys.readouterr()
+    assert resume(mine / "ckpt" / "checkpoint_epoch_1.pth", theirs, "--set", "num_epochs=2") == 2
+    assert_one_line_error(2, capsys.readouterr().err, str(theirs / "ckpt"), "another run")
+    assert snapshot(theirs) == before
 
 
 def plain_leaves(tree: Any) -> Iterator[Any]:
@@ -474,10 +493,10 @@ def test_checkpoints_hold_tensors_and_plain_data(straight: Path) -> None:
             bool,
             type(None),
         }
-        assert (
-            ms.apply_settings(ms.Config(), saved["config"], name).flow_channels
-            == TINY["flow_channels"]
-        )
+        assert saved["config"].keys() == {key.name for key in dataclasses.fields(ms.Config)}
+        config = stored_config(saved, name, {}, ms.Config, ())
+        assert dataclasses.asdict(config) == saved["config"]
+        assert config.flow_channels == TINY["flow_channels"]
         assert saved["training_thumbnails"].shape == (STEPS, 16, 16, 3)
     # weights only: half the size, and shareable
     assert "training" not in content(straight / "ckpt" / "best_model.pth")
@@ -513,7 +532,7 @@ def spoil(name: str) -> Any:
 def test_a_loss_that_is_not_finite_ends_the_run(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert main_with("train", settings_in(data, tmp_path), model_class=model_that(spoil(name))) == 1
+    assert main_with("train", settings_in(data, tmp_path), system=model_that(spoil(name))) == 1
     errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ")
     good = tmp_path / "ckpt" / "checkpoint_epoch_1.pth"
@@ -523,21 +542,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert {path.name for path in good.parent.iterdir()} == {
         "best_model.pth",
         good.name,
-        RUN_FILE,
     }
 
 
 class Overflown(ms.ConditionalFlow):
     """Its losses are fine, and what it shows is not."""
 
-    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        return super().enhance(low, temperature) * math.nan
+    def decode(self, condition: ms.Condition, noise: Tensor | None = None) -> Tensor:
+        return super().decode(condition, noise) * (1.0 if self.training else math.nan)
 
 
 def test_a_picture_that_is_not_finite_ends_training_and_evaluation(
     data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main_with("train", settings_in(data, tmp_path), model_class=Overflown) == 1
+    assert main_with("train", settings_in(data, tmp_path), system=Overflown) == 1
     errors = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error" in line]
     assert (
         len(errors) == 1
@@ -547,7 +565,7 @@ def test_a_picture_that_is_not_finite_ends_training_and_evaluation(
     weights = straight / "ckpt" / "best_model.pth"
     assert (
         main_with(
-            "evaluate", settings_in(data, tmp_path), "--checkpoint", weights, model_class=Overflown
+            "evaluate", settings_in(data, tmp_path), "--checkpoint", weights, system=Overflown
         )
         == 2
     )
@@ -575,7 +593,7 @@ def test_a_loss_that_is_never_finite_says_that_no_checkpoint_exists(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worthless = model_that(lambda call, terms, model: terms | {"ssim": terms["ssim"] + math.inf})
-    assert main_with("train", settings_in(data, tmp_path), model_class=worthless) == 1
+    assert main_with("train", settings_in(data, tmp_path), system=worthless) == 1
     errors = [
         line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("error: ")
     ]
@@ -751,6 +769,8 @@ class Gamma(ms.System):
     """A model of two numbers, trained in two stages by two groups of one optimizer, with a picture
     of its own."""
 
+    config_class = GammaConfig
+
     def __init__(self, config: GammaConfig) -> None:
         super().__init__(config)
         self.exponent = torch.nn.Parameter(torch.tensor(config.start))
@@ -765,7 +785,8 @@ class Gamma(ms.System):
     def learning_rate_at(self, progress: float, step: int) -> float:
         return 0.01 if progress < 0.5 else 0.001
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, step: int = 0) -> None:
+        assert step == len(self.seen)
         self.seen.append(progress)
         self.exponent.requires_grad_(progress < 0.5)
         self.gain.requires_grad_(progress >= 0.5)
@@ -789,7 +810,7 @@ def test_another_system_trains_in_stages_and_is_evaluated(
     path.write_text(json.dumps(settings))
 
     def run(*arguments: str) -> int:
-        return ms.main([*arguments, "--config", str(path)], Gamma, GammaConfig)
+        return ms.main([*arguments, "--config", str(path)], Gamma)
 
     trainers: list[ms.Trainer] = []
     train_step = ms.Trainer._train_step

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import model_script as ms
 from baselines import upt_flow as upt
+from support import simulated
 from support.checkpoints import load_checkpoint
-from support.settings import read_config_file
-from support.simulated import DEMO_TEST, DEMO_TRAIN
+from support.settings import build, read_all
 
 SMALL = {
     "encoder_width": 4,
@@ -303,7 +303,7 @@ def test_first_loss_initialises_every_actnorm_and_standardises_the_latent() -> N
     norms = [layer for layer in model.flow.layers if isinstance(layer, upt.ActNorm)]
     assert len(norms) == 9 and all(norm.initialised for norm in norms)
     torch.manual_seed(5)
-    latent = model.likelihood(high, low)[1]
+    latent = model.bits_per_dim(high, low)[1]
     assert float(latent.detach().mean()) == pytest.approx(0, abs=0.05)
     # the last step's fresh couplings only scale what its actnorm has made standard: each half by
     # two affines and one coupling
@@ -609,16 +609,16 @@ def test_decoding_the_encoded_picture_gives_it_back() -> None:
     assert (back - high).abs().max() * 255 <= 0.5 + 1e-2
 
 
-def test_likelihood_is_the_change_of_variables_and_ignores_odd_rims() -> None:
+def test_bits_per_dim_is_the_change_of_variables_and_ignores_odd_rims() -> None:
     model = small_model(torch.float64)
     low, high = pixels(2, 3, 21, 18, seed=1), pixels(2, 3, 21, 18, seed=2)
     other = high.clone()
     other[..., 16:, :], other[..., 16:] = 0, 0
     with torch.no_grad():
         torch.manual_seed(5)
-        bits, latent = model.likelihood(high, low)
+        bits, latent = model.bits_per_dim(high, low)
         torch.manual_seed(5)
-        assert torch.equal(model.likelihood(other, low)[0], bits)
+        assert torch.equal(model.bits_per_dim(other, low)[0], bits)
         torch.manual_seed(5)
         y = (high[..., :16, :16] * 255 + torch.rand_like(high[:1, :, :16, :16])) / 256
         z, log_det = model.flow(y, model.condition(low[..., :16, :16]))
@@ -723,9 +723,7 @@ def run(mode: str, folder: Path, settings: dict[str, Any], *arguments: str) -> i
     """Run a mode in this process; returns its exit status."""
     path = folder / "settings.json"
     path.write_text(json.dumps(settings))
-    return ms.main(
-        ["--mode", mode, "--config", str(path), *arguments], upt.UPTFlow, upt.UPTFlowConfig
-    )
+    return ms.main(["--mode", mode, "--config", str(path), *arguments], upt.UPTFlow)
 
 
 def test_training_lowers_both_terms() -> None:
@@ -753,7 +751,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     straight, resumed = (tmp_path / name for name in ("straight", "resumed"))
     assert run("train", straight, settings_in(straight, num_epochs=2)) == 0
     settings = settings_in(resumed, num_epochs=2)
-    trainer = ms.Trainer(ms.apply_settings(upt.UPTFlowConfig(), settings, "test"), upt.UPTFlow)
+    config, use = build(upt.UPTFlowConfig, settings, "test"), build(ms.Use, settings, "test")
+    trainer = ms.Trainer(config, use, upt.UPTFlow)
     trainer.model.train()
     batches = list(trainer._loader(ms.batch_plan(len(trainer.training), trainer.config, 0)))
     for batch in batches[:2]:  # a signal within the first epoch
@@ -796,8 +795,8 @@ def test_every_mode(
     weights = str(tmp_path / "ckpt" / "best_model.pth")
     assert ms.main(["--mode", "evaluate", "--checkpoint", weights]) == 2
     assert "weights of UPTFlow, not of ConditionalFlow" in capsys.readouterr().err
-    monkeypatch.setattr(ms, "DEMO_TRAIN", DEMO_TRAIN[:1])
-    monkeypatch.setattr(ms, "DEMO_TEST", DEMO_TEST[:1])
+    monkeypatch.setattr(simulated, "DEMO_TRAIN", simulated.DEMO_TRAIN[:1])
+    monkeypatch.setattr(simulated, "DEMO_TEST", simulated.DEMO_TEST[:1])
     quick = ["flow_channels=8", "image_size=32,32", "num_epochs=1"]
     assert (
         run("demo", tmp_path, settings, *(word for text in quick for word in ("--set", text))) == 0
@@ -818,8 +817,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_recipe_is_valid_and_small() -> None:
-    recipe = read_config_file(str(ROOT / "baselines" / "upt_flow.json"))
-    config = ms.apply_settings(upt.UPTFlowConfig(), recipe, "recipe")
+    recipe = str(ROOT / "baselines" / "upt_flow.json")
+    given = read_all((upt.UPTFlowConfig, ms.Use), recipe, [], ())
+    config = build(upt.UPTFlowConfig, given, recipe)
     assert (config.image_size, config.crop_size) == ([128, 128], 0)
     assert (config.checkpoint_dir, config.log_dir) == ("checkpoints/upt_flow", "logs")
     assert sum(p.numel() for p in upt.UPTFlow(config).parameters()) < 3e6

@@ -109,8 +109,8 @@ def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.S
         2,
     )
     assert info["deviation"] > 0
-    model, config, runtime = studio.load(next(iter(studio.models)))
-    expected = ms.enhance_pixels(model, LOW, config, runtime).best
+    model, use, runtime = studio.load(next(iter(studio.models)))
+    expected = ms.enhance_pixels(model, LOW, use, runtime).best
     full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1"))
     assert np.abs(full - expected / 257).max() <= 0.51
     # a JPEG of the same: noise is lost, colour is not
@@ -418,6 +418,7 @@ def test_mistakes_on_the_command_line(
             for size in ("nan", "inf", "0", "-1", "1e9", "much")
         ),
         (["--checkpoint", good, "--set", "flow_channels=16"], "flow_channels"),
+        (["--checkpoint", good, "--set", "samples=2"], "samples"),
     ):
         assert_one_line_error(web_app.main(arguments), capsys.readouterr().err, words)
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
@@ -439,6 +440,7 @@ def test_it_listens_to_this_machine_alone_by_default(
 ) -> None:
     (tmp_path / "checkpoints" / "old").mkdir(parents=True)
     write_checkpoint(tmp_path / "checkpoints" / "best_model.pth", 1)
+    write_checkpoint(tmp_path / "checkpoints" / "released.pth", 3)
     write_checkpoint(tmp_path / "checkpoints" / "old" / "a.pth", 2)
     (tmp_path / "checkpoints" / "broken.pth").write_text("no weights")
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
@@ -448,10 +450,8 @@ def test_it_listens_to_this_machine_alone_by_default(
     # what slow readers of small answers can hold
     assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30
     page = seen["app"].test_client().get("/").get_data(as_text=True)
-    assert (
-        page.index("checkpoints/best_model.pth") < page.index("checkpoints/old/a.pth")
-        and "broken.pth" not in page
-    )
+    order = [page.index(f"checkpoints/{name}.pth") for name in ("released", "best_model", "old/a")]
+    assert order == sorted(order) and "broken.pth" not in page
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ BOUNDARY = "line"
 
 
 class Server:
-    """A running `python web_app.py` and how to talk to it."""
+    """A running `python tools/web_app.py` and how to talk to it."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(1)
@@ -67,7 +67,7 @@ class Server:
             "device=cpu",
         ]
         limits = ["--max-megabytes", "2", "--max-megapixels", "1"]
-        command = [sys.executable, str(ROOT / "web_app.py"), *options, *limits]
+        command = [sys.executable, str(ROOT / "tools" / "web_app.py"), *options, *limits]
         self.log = open(folder / "log", "w+b")  # noqa: SIM115 - it lives as long as the server
         # a shell's background jobs would ignore it
         ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -331,6 +331,7 @@ TRICKS = [
     *(
         "/../web_app.py",
         "/%2e%2e/web_app.py",
+        "/%2e%2e/tools/web_app.py",
         "/samples/..%2f..%2fREADME.md",
         "/samples/%2e%2e/%2e%2e/README.md",
     ),

@@ -36,7 +36,7 @@ except ImportError:
 import torch  # noqa: E402
 from torch import _weights_only_unpickler as unpickler  # noqa: E402
 
-with atheris.instrument_imports(include=["model_script", "PIL"]):
+with atheris.instrument_imports(include=["model_script", "support", "PIL"]):
     import odd_pictures
     from PIL import Image
 
@@ -44,16 +44,17 @@ with atheris.instrument_imports(include=["model_script", "PIL"]):
     from support.checkpoints import FORMAT_VERSION
     from support.decoding import SUFFIXES, read_image, read_picture
     from support.runtime import Runtime
-    from support.settings import UserError, read_config_file
+    from support.settings import UserError, build, read_config_file, read_settings
 
     Image.init()  # loads the formats, so that they are watched too
 unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
-SMALL = {"flow_channels": 8, "num_flow_blocks": 1, "thumbnail_size": 32, "device": "cpu"}
+SMALL = {"flow_channels": 8, "num_flow_blocks": 1, "thumbnail_size": 32}
+KINDS = (ms.Config, ms.Use)
 
 
-class Echo(torch.nn.Module):
+class Echo(ms.System):
     """Gives back what it gets."""
 
     def enhance(self, low: torch.Tensor, temperature: float = 0.0) -> torch.Tensor:
@@ -75,12 +76,13 @@ def pictures(data: bytes, path: Path) -> None:
     if height * width < 10_000:
         suffix = SUFFIXES[len(data) % len(SUFFIXES)]
         target = path.with_name(f"out{suffix}")
-        ms.enhance_file(path, target, Echo(), ms.Config(device="cpu"), CPU, None)
+        loaded = ms.Loaded(Echo(ms.Config()), ms.Use(device="cpu"), CPU, {})
+        ms.enhance_file(path, target, loaded, None)
         assert read_picture(target).pixels.shape == picture.pixels.shape
 
 
 def config(data: bytes, path: Path) -> None:
-    """Settings are refused, or are those of a Config; a line of the text does for --set."""
+    """Settings are refused, or are those of Config and Use; a line of the text does for --set."""
     path.write_bytes(data)
     line = data.split(b"\n")[0].decode("utf-8", "surrogateescape").replace("\0", "")
     for read in (
@@ -88,16 +90,14 @@ def config(data: bytes, path: Path) -> None:
         lambda: read_config_file(str(path)),
     ):
         try:
-            settings = ms.apply_settings(ms.Config(), read(), "here")
+            found = read_settings(KINDS, read(), "here")
+            made = [build(kind, found, "here") for kind in KINDS]
         except UserError as error:
             assert len(str(error)) < 2000 + len(line)
         else:
-            assert (
-                ms.apply_settings(
-                    ms.Config(), json.loads(json.dumps(dataclasses.asdict(settings))), "again"
-                )
-                == settings
-            )
+            text = json.dumps({k: v for one in made for k, v in dataclasses.asdict(one).items()})
+            again = read_settings(KINDS, json.loads(text), "again")
+            assert [build(kind, again, "again") for kind in KINDS] == made
 
 
 def checkpoint_of(pickle: bytes = b"") -> bytes:
@@ -125,7 +125,7 @@ def checkpoint(data: bytes, path: Path) -> None:
     Else it is the pickle of a file that is good otherwise.
     """
     path.write_bytes(checkpoint_of(data[1:]) if data[:1] and data[0] % 2 else data[1:])
-    ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow, ms.Config)
+    ms.load_model(str(path), {"device": "cpu"}, ms.ConditionalFlow)
 
 
 def seeds(target: str, folder: Path) -> None:
@@ -134,7 +134,7 @@ def seeds(target: str, folder: Path) -> None:
         odd = odd_pictures.make_corpus(folder / "made")
         found = [one.data for one in odd.values() if 0 < len(one.data) < 10_000]
     elif target == "config":
-        values: dict[str, Any] = dataclasses.asdict(ms.Config())
+        values: dict[str, Any] = dataclasses.asdict(ms.Config()) | dataclasses.asdict(ms.Use())
         found = [
             json.dumps(values).encode(),
             *(f"{name}={json.dumps(value)}".encode() for name, value in values.items()),

@@ -2,7 +2,7 @@
 side, uncertainty.
 
     pip install flask waitress
-    python web_app.py [--checkpoint FILE ...] [--host 127.0.0.1] [--port 8000] [--set KEY=VALUE ...]
+    python tools/web_app.py [--checkpoint FILE ...] [--port 8000] [--set KEY=VALUE ...]
 
 An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place
 the page shows) and forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES.
@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from repository import ROOT, load_any
 
-import baselines
 import model_script as ms
 from support.checkpoints import load_checkpoint
+from support.commands import run
 from support.decoding import Picture, opened, read_picture
 from support.pictures import encode_picture, heat_map, level_table
-from support.runtime import Runtime
-from support.settings import OneLineParser, UserError, complain
+from support.settings import OneLineParser, UserError, complain, read_all
 from support.simulated import demo_photograph, simulate_infrared
 
 try:
@@ -50,10 +50,10 @@ except ImportError as missing:
         )
     )
 
-ROOT = Path(__file__).resolve().parent
 KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
 # of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
 WHOLE_TOGETHER = 2
+ASKED = ("samples", "uncertainty")  # by each visitor, not on the command line
 SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
 
 
@@ -124,12 +124,9 @@ class Studio:
         resolved = path.resolve()
         return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
 
-    def _load(self, label: str) -> tuple[Any, ms.Config, Runtime]:
-        path = str(self.models[label])
-        system = load_checkpoint(path).get("system", ms.ConditionalFlow.system)
-        if system not in baselines.SYSTEMS:
-            raise UserError(f"{path}: weights of {system}, which this page does not know")
-        return ms.load_model(path, self.settings, *baselines.classes(system))[:3]
+    def _load(self, label: str) -> ms.Loaded:
+        # not what the checkpoint holds beside the weights, which may be large
+        return load_any(str(self.models[label]), self.settings)._replace(checkpoint={})
 
     def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
         """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy
@@ -223,9 +220,10 @@ class Studio:
     def _do(self, job: Job) -> None:
         started = time.perf_counter()
         job.picture = read_picture(io.BytesIO(job.data))
-        model, config, runtime = self.load(job.model)
-        wanted = dataclasses.replace(config, samples=job.samples, uncertainty=job.uncertainty)
-        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, runtime)
+        loaded = self.load(job.model)
+        model, _ = loaded.choose(job.picture.pixels)
+        wanted = dataclasses.replace(loaded.use, samples=job.samples, uncertainty=job.uncertainty)
+        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, loaded.runtime)
         job.seconds = time.perf_counter() - started
 
 
@@ -432,26 +430,24 @@ def encode_view(pixels: np.ndarray, whole: bool) -> bytes:
 
 
 def find_checkpoints(given: Sequence[str]) -> list[Path]:
-    """Those given, or every best_model.pth and *.pth under checkpoints/ that holds a model. Raises
-    UserError for none."""
+    """Those given, or every *.pth under checkpoints/ that holds a model, the released weights and
+    best_model.pth first. Raises UserError for none."""
     if given:
         for name in given:
             load_checkpoint(name)
         return [Path(name) for name in given]
+    first = [ROOT / "checkpoints" / ms.RELEASED.name, ROOT / "checkpoints" / "best_model.pth"]
+    there = sorted((ROOT / "checkpoints").rglob("*.pth"))
     found: list[Path] = []
-    for path in sorted(
-        (ROOT / "checkpoints").rglob("*.pth"),
-        key=lambda path: (path.name != "best_model.pth", str(path)),
-    ):
+    for path in sorted(there, key=lambda path: first.index(path) if path in first else len(first)):
         try:
             load_checkpoint(str(path))
         except UserError:
             continue
         found.append(path)
     if not found:
-        raise UserError(
-            "checkpoints: no weights found; train a model, or name one with --checkpoint FILE"
-        )
+        hint = "train a model, or name one with --checkpoint FILE"
+        raise UserError(f"checkpoints: no weights found; {hint}")
     return found
 
 
@@ -500,45 +496,23 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
     """Serve the page until Ctrl-C; returns the exit status."""
     most = KEEP_BYTES / 2**20  # megabytes; the queue takes no more
     parser = OneLineParser(
-        description="A local page that enhances photographs.", allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="weights to offer; repeatable",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at; the default is this machine alone",
-    )
-    parser.add_argument("--port", type=bounded(int, 1, 65535), default=8000)
-    parser.add_argument(
-        "--max-megabytes",
-        type=bounded(float, 0.1, most),
-        default=40,
-        help=f"largest upload, 0.1 to {most:g}",
-    )
-    parser.add_argument(
-        "--max-megapixels",
-        type=bounded(float, 0.1, 1000),
-        default=50,
-        help="largest picture, 0.1 to 1000",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="config key, as in model_script.py",
-    )
-    try:
+    add, many = parser.add_argument, functools.partial(parser.add_argument, action="append")
+    many("--checkpoint", metavar="FILE", default=[], help="weights to offer; repeatable")
+    here = "address to listen at; the default is this machine alone"
+    add("--host", default="127.0.0.1", help=here)
+    add("--port", type=bounded(int, 1, 65535), default=8000)
+    size, area = bounded(float, 0.1, most), bounded(float, 0.1, 1000)
+    add("--max-megabytes", type=size, default=40, help=f"largest upload, 0.1 to {most:g}")
+    add("--max-megapixels", type=area, default=50, help="largest picture, 0.1 to 1000")
+    many("--set", metavar="KEY=VALUE", default=[], help="a key, as in model_script.py; repeatable")
+
+    def work() -> int:
         arguments = parser.parse_args(argv)
-        settings = ms.typed_settings(
-            ms.Config(), dict(ms.parse_assignment(t, ms.Config) for t in arguments.set), "--set"
-        )
+        settings = read_all((ms.Config, ms.Use), None, arguments.set, ASKED)
         studio = Studio(find_checkpoints(arguments.checkpoint), settings, arguments.max_megapixels)
         try:
             studio.load(next(iter(studio.models)))
@@ -546,10 +520,8 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
         finally:
             studio.close()
         return 0
-    except UserError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Folders of links to train on several sources: {train,val}/NAME/{low,high} under OUT, split by
+scene, and the lists of stems.
+
+    python benchmarks/prepare_sources.py --out OUT --pairs eliei=LOW:HIGH --pairs lol=LOW:HIGH
+    --pairs sice=LOW:HIGH \\
+        --well_exposed bsds=FOLDER --keep eliei=benchmarks/validation_scenes.txt
+
+Nothing is copied or downloaded. Pairs whose targets look alike (correlation of 16x16 thumbnails, as
+`scene_similarity`) or whose stems agree before `_` stay on one side. --keep names a file of stems,
+separated by commas, that are held out with the scenes they belong to left as they are: what earlier
+weights never saw. A well-exposed picture is its own `low`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from support.pairs import find_pairs, natural_key  # noqa: E402
+from support.scenes import find_scenes  # noqa: E402
+from support.settings import UserError, complain  # noqa: E402
+
+
+def held_out(
+    names: list[str],
+    thumbnails: np.ndarray,
+    wanted: int,
+    seed: int,
+    similarity: float,
+    keep: set[str],
+) -> list[str]:
+    """Stems to validate on: `keep`, then whole scenes, small ones first of those drawn by the seed,
+    until `wanted` are held.
+
+    A scene with a member in `keep` is never split further: what is kept was split by whoever made
+    the list.
+    """
+    scenes = find_scenes(thumbnails, similarity)
+    merged: dict[str, set[int]] = {}
+    for scene in scenes:  # stems such as SCENE_FRAME: a scene's frames share the part before `_`
+        group = set(scene)
+        for key in {names[i].rpartition("_")[0] for i in scene} - {""}:
+            group |= merged.get(key, set()) | {
+                i for i, name in enumerate(names) if name.rpartition("_")[0] == key
+            }
+        for key in {names[i].rpartition("_")[0] for i in group} - {""}:
+            merged[key] = group
+        if not any(names[i].rpartition("_")[0] for i in scene):
+            merged[f"#{min(scene)}"] = group
+    groups = sorted({tuple(sorted(group)) for group in merged.values()})
+    held = set(keep)
+    for place in np.random.default_rng(seed).permutation(len(groups)):
+        stems = {names[i] for i in groups[place]}
+        if len(held) < wanted and not stems & held and len(stems) <= max(4, wanted // 8):
+            held |= stems
+    return sorted(held, key=natural_key)
+
+
+def link(folder: Path, stem: str, target: Path) -> None:
+    """A link folder/stem.suffix to `target`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}{target.suffix}"
+    path.unlink(missing_ok=True)
+    path.symlink_to(target.resolve())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--pairs", action="append", default=[], metavar="NAME=LOW:HIGH")
+    parser.add_argument("--well_exposed", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--keep", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument(
+        "--held", type=int, default=44, help="pairs held out of each source, at least"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--similarity", type=float, default=0.85)
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    keep = {name: file for name, _, file in (text.partition("=") for text in arguments.keep)}
+    try:
+        sources = []
+        for text in arguments.pairs:
+            name, _, folders = text.partition("=")
+            low, _, high = folders.partition(":")
+            sources.append((name, find_pairs(low, high, "train")))
+        for text in arguments.well_exposed:
+            name, _, folder = text.partition("=")
+            sources.append((name, find_pairs(folder, folder, "train")))
+    except UserError as error:
+        return complain(error)
+    for name, pairs in sources:
+        thumbnails = np.stack(
+            [
+                np.asarray(Image.open(p.high).convert("RGB").resize((16, 16), Image.Resampling.BOX))
+                for p in pairs
+            ]
+        )
+        kept = Path(keep[name]).read_text().strip().split(",") if name in keep else []
+        stems = [pair.name for pair in pairs]
+        held = set(
+            held_out(
+                stems, thumbnails, arguments.held, arguments.seed, arguments.similarity, set(kept)
+            )
+        )
+        for pair in pairs:
+            part = "val" if pair.name in held else "train"
+            for kind, path in (("low", pair.low), ("high", pair.high)):
+                link(out / part / name / kind, pair.name, path)
+        (out / "splits").mkdir(exist_ok=True)
+        for part in ("train", "val"):
+            lines = [stem for stem in stems if (stem in held) == (part == "val")]
+            (out / "splits" / f"{name}_{part}.txt").write_text("\n".join(lines) + "\n")
+        targets = {thumbnails[stems.index(stem)].tobytes() for stem in held}
+        print(
+            f"{name}: {len(stems) - len(held)} to train on, {len(held)} held out ({len(targets)}"
+            " different targets)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Commands: the command line, and how every mistake of the user becomes one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from support.settings import OneLineParser, RunError, UserError, complain, key_parser, read_all
+
+EXAMPLES = """\
+examples
+  enhance    python {program} --mode enhance  --input low.jpg --output enhanced.jpg
+  folder     python {program} --mode enhance  --input photos --output enhanced
+  demo       python {program} --mode demo     --config {recipe}
+  train      python {program} --mode train    --config {recipe}
+  resume     python {program} --mode train    --resume {folder}
+  evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
+  curves     tensorboard --logdir logs
+
+settings: in the JSON file of --config, or one by one with --set KEY=VALUE
+"""
+# the options that a mode takes beside --config and --set
+TAKES: dict[str, tuple[str, ...]] = {"train": ("resume",), "evaluate": ("checkpoint",)}
+TAKES |= {"enhance": ("checkpoint", "input", "output")}
+
+
+def parser_of(
+    modes: Iterable[str], kinds: Sequence[type], system: Any, weights: str
+) -> OneLineParser:
+    """The parser of the command line, whose help describes every mode and every key of `kinds`."""
+    folder = kinds[0]().checkpoint_dir
+    examples = EXAMPLES.format(program=system.program, recipe=system.recipe, folder=folder)
+    keys = key_parser(kinds, system.unused).format_help()
+    parser = OneLineParser(
+        description=f"Enhance dark photographs with {system.method}.",
+        epilog=f"{examples}\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--mode", required=True, choices=list(modes))
+    add("--config", metavar="FILE", help="JSON file with any of the keys below")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="one key; repeatable")
+    add("--checkpoint", metavar="FILE", help=f"weights to use; default: {weights}")
+    add("--resume", metavar="FILE", help="train: the checkpoint, or its folder, to go on from")
+    add("--input", metavar="FILE", help="enhance: a picture, a folder, or a pattern in quotes")
+    add("--output", metavar="FILE", help="enhance: the picture (its suffix counts) or a folder")
+    return parser
+
+
+def parse(
+    argv: Sequence[str] | None,
+    modes: Iterable[str],
+    kinds: Sequence[type],
+    system: Any,
+    released: Path | None,
+) -> argparse.Namespace:
+    """The arguments, with `settings` added: the config file's and --set's, checked.
+
+    `kinds` are the dataclasses of the settings; `released` weights are the default of evaluate and
+    enhance, without them the last training's. Raises UserError.
+    """
+    weights = str(released or "best_model.pth in checkpoint_dir")
+    arguments = parser_of(modes, kinds, system, weights).parse_args(argv)
+    takes = TAKES.get(arguments.mode, ())
+    for name in ("checkpoint", "resume", "input", "output"):
+        given = getattr(arguments, name) is not None
+        if given and name not in takes:
+            raise UserError(f"--{name} does nothing in --mode {arguments.mode}; leave it out")
+        if not given and name in takes and name in ("input", "output"):
+            raise UserError(f"--mode {arguments.mode} needs --{name} FILE")
+    found = read_all(kinds, arguments.config, arguments.set, system.unused)
+    arguments.settings = found
+    if arguments.checkpoint is None and "checkpoint" in takes:
+        folder = found.get("checkpoint_dir", kinds[0]().checkpoint_dir)
+        arguments.checkpoint = str(released or Path(folder) / "best_model.pth")
+    return arguments
+
+
+def sources_of(arguments: argparse.Namespace) -> str:
+    """The files that a command starts from, in words."""
+    names = (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
+    return ", ".join(name for name in names if name) or "default settings"
+
+
+def run(work: Callable[[], int]) -> int:
+    """Do `work`, which returns the exit status; every mistake of the user is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    with suppress(ValueError):  # SIGTERM as Ctrl-C, so that temporary files go; main thread only
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return work()
+    except UserError as mistake:
+        return complain(mistake)
+    except OSError as error:  # what has no better message of its own
+        where, reason = error.filename or "the output", error.strerror or error
+        hint = "check the folder and the free space"
+        return complain(UserError(f"{where}: {reason}; {hint}"))
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = f"{str(error).splitlines()[0]}; use --set compile=false"
+            return complain(RunError(f"compile: {problem}"))
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        return complain(RunError("another process of this job stopped; see its message"))
+    except KeyboardInterrupt:  # training catches its own; elsewhere nothing half-written is left
+        print("interrupted", file=sys.stderr)
+        return 130

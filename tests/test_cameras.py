@@ -1,0 +1,145 @@
+"""Released weights of two networks: which serves a picture, and what a damaged table costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import assert_one_line_error, save_picture, target_picture
+from conftest import randomise
+
+import model_script as ms
+from support.cameras import STATISTICS, camera_of, infrared_probability, statistics
+from support.checkpoints import save_checkpoint
+from support.decoding import read_image
+
+RED, GREEN = (60, 20, 40), (30, 40, 35)
+
+
+def flat(colour: tuple[int, int, int], dtype: type = np.uint8) -> np.ndarray:
+    """A (40, 48, 3) picture of one colour and a little noise."""
+    noise = np.random.default_rng(0).normal(0, 1, (40, 48, 3))
+    levels = np.rint(np.array(colour) + noise).clip(0, 255)
+    return (levels * (257 if dtype is np.uint16 else 1)).astype(dtype)
+
+
+def red_probe() -> torch.Tensor:
+    """A table by which a red cast, the first of the statistics, is infrared."""
+    probe = torch.zeros(5, STATISTICS)
+    probe[1] = 1
+    probe[2, 0], probe[4, 0] = 20, -4
+    return probe
+
+
+def two_networks(folder: Path, **changes: object) -> Path:
+    """A checkpoint of two small random networks that answer differently."""
+    torch.manual_seed(0)
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, crop_size=32)
+    ordinary, infrared = (randomise(ms.ConditionalFlow(config), 0.05, seed) for seed in (1, 2))
+    parts = {"infrared": infrared.state_dict(), "probe": red_probe()} | changes
+    content = {"config": dataclasses.asdict(config), "model": ordinary.state_dict()}
+    save_checkpoint(folder / "two.pth", content | {"cameras": parts})
+    return folder / "two.pth"
+
+
+def test_statistics_know_a_cast_and_nothing_of_size_or_depth() -> None:
+    grey, red = statistics(flat((40, 40, 40))), statistics(flat(RED))
+    assert np.abs(grey[:2]).max() < 0.02 and red[0] > 0.5
+    np.testing.assert_allclose(statistics(flat(RED, np.uint16)), red, atol=0.02)
+    big = np.kron(flat(RED), np.ones((3, 3, 1), np.uint8))
+    np.testing.assert_allclose(statistics(big), red, atol=0.1)
+
+
+def test_the_probability_is_that_of_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    probe = torch.from_numpy(rng.normal(0, 0.3, (5, STATISTICS)))
+    probe[1] = probe[1].abs() + 1
+    z = (statistics(flat(RED)) - probe[0].numpy()) / probe[1].numpy()
+    logit = probe[2].numpy() @ z + probe[3].numpy() @ z**2 + float(probe[4, 0])
+    assert infrared_probability(flat(RED), probe) == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert [camera_of(flat(colour), red_probe()) for colour in (RED, GREEN)] == [
+        "infrared",
+        "ordinary",
+    ]
+
+
+def test_auto_takes_the_network_of_the_picture(tmp_path: Path) -> None:
+    weights = two_networks(tmp_path)
+    for name, colour in (("red", RED), ("green", GREEN)):
+        save_picture(tmp_path / "in" / f"{name}.png", flat(colour))
+    found = {}
+    for camera in ("auto", "infrared", "ordinary"):
+        out = tmp_path / camera
+        argv = ["--mode", "enhance", "--checkpoint", weights, "--input", tmp_path / "in"]
+        argv += ["--output", out, "--set", f"camera={camera}", "--set", "device=cpu"]
+        assert ms.main([str(word) for word in argv]) == 0
+        found[camera] = {path.stem: read_image(path) for path in out.glob("*.png")}
+        table = (out / "enhance.csv").read_text()
+        assert ("infrared" in table, "ordinary" in table) == (
+            camera != "ordinary",
+            camera != "infrared",
+        )
+    for name, right, wrong in (("red", "infrared", "ordinary"), ("green", "ordinary", "infrared")):
+        assert np.array_equal(found["auto"][name], found[right][name])
+        assert not np.array_equal(found["auto"][name], found[wrong][name])
+
+
+def test_an_evaluation_scores_what_the_user_gets_of_either_network(tmp_path: Path) -> None:
+    weights = two_networks(tmp_path)
+    for name, colour in (("red", RED), ("green", GREEN)):
+        save_picture(tmp_path / "low" / f"{name}.png", flat(colour))
+        save_picture(tmp_path / "high" / f"{name}.png", target_picture(3))
+    argv = ["--mode", "enhance", "--checkpoint", weights, "--input", tmp_path / "low"]
+    assert ms.main([str(word) for word in [*argv, "--output", tmp_path / "out"]]) == 0
+    folders = {"eval_low_dir": "low", "eval_high_dir": "high", "results_dir": "results"}
+    sets = [word for key, name in folders.items() for word in ("--set", f"{key}={tmp_path / name}")]
+    assert ms.main(["--mode", "evaluate", "--checkpoint", str(weights), *sets]) == 0
+    (scored,) = (tmp_path / "results").glob("eval_*")
+    assert "camera" in (scored / "metrics.csv").read_text().splitlines()[0]
+    for name in ("red", "green"):
+        ours = read_image(scored / "images" / f"{name}.png")
+        assert np.array_equal(ours, read_image(tmp_path / "out" / f"{name}.png"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"probe": torch.zeros(4, STATISTICS)},
+        {"probe": torch.full((5, STATISTICS), float("nan"))},
+        {"probe": "red"},
+        {"infrared": {}},
+    ],
+)
+def test_a_damaged_table_is_one_line(
+    changes: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = two_networks(tmp_path, **changes)
+    save_picture(tmp_path / "a.png", flat(RED))
+    argv = ["--mode", "enhance", "--checkpoint", weights, "--input", tmp_path / "a.png"]
+    status = ms.main([str(word) for word in [*argv, "--output", tmp_path / "b.png"]])
+    assert_one_line_error(status, capsys.readouterr().err, "two.pth")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_one_network_knows_no_camera_to_choose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+    content = {"config": dataclasses.asdict(config)}
+    content |= {"model": ms.ConditionalFlow(config).state_dict()}
+    save_checkpoint(tmp_path / "one.pth", content)
+    save_picture(tmp_path / "a.png", flat(RED))
+    argv = [
+        "--mode",
+        "enhance",
+        "--checkpoint",
+        tmp_path / "one.pth",
+        "--input",
+        tmp_path / "a.png",
+    ]
+    argv += ["--output", tmp_path / "b.png", "--set", "camera=infrared"]
+    status = ms.main([str(word) for word in argv])
+    assert_one_line_error(status, capsys.readouterr().err, "camera", "one network")
