@@ -1,14 +1,15 @@
-"""Folders of links to train on several sources: {train,val}/NAME/{low,high} under OUT, split by
-scene, and the lists of stems.
+"""Folders of links to train on several sources, split by scene, and the lists of stems.
 
-    python benchmarks/prepare_sources.py --out OUT --pairs eliei=LOW:HIGH --pairs lol=LOW:HIGH
-    --pairs sice=LOW:HIGH \\
+    python benchmarks/prepare_sources.py --out OUT \\
+        --pairs eliei=LOW:HIGH --pairs lol=LOW:HIGH --pairs sice=LOW:HIGH \\
         --well_exposed bsds=FOLDER --keep eliei=benchmarks/validation_scenes.txt
 
-Nothing is copied or downloaded. Pairs whose targets look alike (correlation of 16x16 thumbnails, as
-`scene_similarity`) or whose stems agree before `_` stay on one side. --keep names a file of stems,
-separated by commas, that are held out with the scenes they belong to left as they are: what earlier
-weights never saw. A well-exposed picture is its own `low`.
+Makes {train,val}/NAME/{low,high} under OUT. Nothing is copied or downloaded. Pairs stay on one side
+whose targets look alike (correlation of 16x16 thumbnails, as `scene_similarity`) or whose stems
+agree before `_`. A well-exposed picture is its own `low`.
+
+--keep names a file of stems, separated by commas, to hold out: those that earlier weights never
+saw. The scenes they belong to are not split further.
 """
 
 from __future__ import annotations

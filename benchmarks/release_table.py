@@ -1,18 +1,24 @@
 """Everything that a release is judged by, for several weights side by side, in one run.
 
-    python benchmarks/release_table.py --out results/release --weights november=FILE --weights
-    new=FILE \\
-        --pairs eliei=LOW:HIGH --pairs lol=LOW:HIGH --unpaired photos [--size 128,128] [--detail 15]
-        [--set use_amp=true]
+    python benchmarks/release_table.py --out results/release \\
+        --weights november=FILE --weights new=FILE \\
+        --pairs eliei=LOW:HIGH --pairs lol=LOW:HIGH --unpaired photos \\
+        [--size 128,128] [--detail 15] [--set use_amp=true]
 
-Of each set of pairs: PSNR, SSIM, CIEDE2000, and GT-mean PSNR and grey SSIM, on all and on those
-without a twin in training; harm: PSNR to itself of each different `high` given as input; rank
-correlation over pixels of the uncertainty with the error, both blurred by 8 pixels; how often the
-right `low` has fewer bits per dimension than the pair's half-way round the list. The last three on
---detail pairs, evenly spread. Of a folder without targets: the share of pixels that reach 250 in
-the output and were below 220 in the input (largest channel), and the mean CIELAB chroma shift of
-pixels above L = 60. Writes rows.csv (each picture), table.csv and table.md; prints the latter. A
-column `gamma 0.4` needs no weights.
+Of each set of pairs
+    scores       PSNR, SSIM, CIEDE2000, and GT-mean PSNR and grey SSIM, on all pairs and on those
+                 without a twin in training
+    harm         PSNR to itself of each different `high` given as input
+    uncertainty  its rank correlation with the error over pixels, both blurred by 8 pixels
+    likelihood   how often the right `low` has fewer bits per dimension than that of the pair
+                 half-way round the list
+
+The last three are taken on --detail pairs, evenly spread. Of a folder without targets: the share of
+pixels that reach 250 in the output and were below 220 in the input (largest channel), and the mean
+CIELAB chroma shift of pixels above L = 60.
+
+Writes rows.csv (each picture), table.csv and table.md; prints the latter. A column `gamma 0.4`
+needs no weights.
 """
 
 from __future__ import annotations
