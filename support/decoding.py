@@ -206,7 +206,7 @@ def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
         return pixels
     if pixels.dtype == np.uint16:
         lower, upper = (
-            upright(part, orientation) for part in (pixels.astype(np.uint8), pixels >> 8)
+            upright(part.astype(np.uint8), orientation) for part in (pixels, pixels >> 8)
         )
         return lower | upper.astype(np.uint16) << 8
     image = Image.fromarray(pixels.astype(np.uint8))

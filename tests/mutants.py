@@ -209,7 +209,7 @@ MUTANTS = [
     ),
     Mutant("if name in found:", "if name in found and found[name] == value:", CONFIG, SETTINGS),
     Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
-    Mutant("and value.bit_length() < 9999", "", CONFIG, SETTINGS),
+    Mutant("and value.bit_length() < 9999", "", ROOMS, SETTINGS),
     Mutant(
         "RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}",
         "RETIRED_KEYS = set()",
@@ -248,9 +248,7 @@ MUTANTS = [
     Mutant("if min(picture.size) < 16:", "if max(picture.size) < 16:", ROOMS, DECODING),
     Mutant("> DENSEST * size:", "> 99 * DENSEST * size:", ROOMS, DECODING),
     Mutant("pixels <<= 8", "pixels <<= 7", "test_properties", DECODING),
-    Mutant(
-        "upper.astype(np.uint16) << 8", "upper.astype(np.uint16) << 7", "test_properties", DECODING
-    ),
+    Mutant("upper.astype(np.uint16) << 8", "upper.astype(np.uint16) << 7", ROOMS, DECODING),
     # exposure
     Mutant("* 2.0**stops, 1.0)", "* (1 + stops), 1.0)", ROOMS, PICTURES),
     Mutant("np.rint(values * (65535 if deep else 255))", "np.rint(values * 255)", ROOMS, PICTURES),

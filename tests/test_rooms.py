@@ -14,7 +14,7 @@ from conftest import randomise, smooth_scene
 
 import model_script as ms
 from support import checkpoints, folders, pictures, tiles
-from support.decoding import read_picture
+from support.decoding import read_picture, upright
 from support.metrics import evaluation_summary, image_metrics
 from support.runtime import choose_runtime
 from support.settings import UserError
@@ -151,6 +151,12 @@ def test_more_pixels_than_a_photograph_has_in_its_bytes_are_refused(tmp_path: Pa
     path = save_picture(tmp_path / "a.png", np.zeros((4096, 4096, 3), np.uint8))
     with pytest.raises(UserError, match=r"a\.png: declares 17 megapixels in \d+ bytes"):
         read_picture(path)
+
+
+def test_sixteen_bits_are_turned_whole() -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (20, 30, 3)).astype(np.uint16)
+    np.testing.assert_array_equal(upright(deep, 6), np.rot90(deep, -1))
+    np.testing.assert_array_equal(upright(deep, 3), deep[::-1, ::-1])
 
 
 # exposure -----------------------------------------------------------------------------------------
