@@ -225,7 +225,8 @@ def remove_old(folder: Path, keep: int) -> None:
 def refuse_other_run(folder: Path) -> None:
     """Raises UserError where a new training would meet another run's checkpoints."""
     if found := runs_in(folder):
-        hint = f"go on with it by --resume {folder}, or name another checkpoint_dir"
+        way = f"go on with it by --resume {folder}" if newest_checkpoint(folder) else "remove it"
+        hint = f"{way}, or name another checkpoint_dir"
         raise UserError(f"{folder}: holds another run ({found[0].name}); {hint}")
 
 
