@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import randomise
+
+import model_script as ms
+from support.cameras import STATISTICS, camera_of, statistics
+from support.checkpoints import save_checkpoint
+from support.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import make_release
 import prepare_sources
 import release_table
 
@@ -55,3 +64,52 @@ def test_chroma_shift_sees_bright_pixels_alone() -> None:
 
 def test_spread_takes_the_ends() -> None:
     assert release_table.spread(10, 4) == [0, 3, 6, 9] and release_table.spread(3, 9) == [0, 1, 2]
+
+
+def test_the_table_of_cameras_tells_a_cast_from_none() -> None:
+    rng = np.random.default_rng(0)
+
+    def some(colour: tuple[int, int, int]) -> np.ndarray:
+        pictures = [rng.normal(colour, 6, (24, 24, 3)).clip(0, 255) for _ in range(30)]
+        return np.array([statistics(picture.astype(np.uint8)) for picture in pictures])
+
+    probe = make_release.fit_probe(some((60, 20, 40)), some((40, 40, 40)))
+    for colour, camera in (((62, 22, 42), "infrared"), ((38, 40, 41), "ordinary")):
+        picture = rng.normal(colour, 6, (24, 24, 3)).clip(0, 255).astype(np.uint8)
+        assert camera_of(picture, probe) == camera
+
+
+def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
+    networks, paths = {}, {}
+    for seed, name in enumerate(("ordinary", "infrared"), 1):
+        torch.manual_seed(seed)
+        config = ms.Config(flow_channels=8, thumbnail_size=32, train_low_dir="here/low")
+        networks[name] = randomise(ms.ConditionalFlow(config), 0.05, seed)
+        looks = torch.full((seed, 16, 16, 3), seed, dtype=torch.uint8)
+        content = {"config": dataclasses.asdict(config), "model": networks[name].state_dict()}
+        content |= {"run_id": "r", "training_thumbnails": looks}
+        paths[name] = tmp_path / f"{name}.pth"
+        save_checkpoint(paths[name], content)
+    probe = torch.zeros(5, STATISTICS)
+    probe[1] = 1
+    packed = make_release.pack(str(paths["ordinary"]), str(paths["infrared"]), probe)
+    save_checkpoint(tmp_path / "released.pth", packed)
+    loaded = ms.load_model(str(tmp_path / "released.pth"), {"device": "cpu"}, ms.ConditionalFlow)
+    assert len(loaded.checkpoint["training_thumbnails"]) == 3
+    assert "here" not in str(loaded.checkpoint["config"])
+    low = torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        for name, model in (("ordinary", loaded.model), ("infrared", loaded.infrared)):
+            difference = model.enhance(low) - networks[name].eval().enhance(low)
+            assert float(difference.abs().max()) < 0.01
+    small, large = ((tmp_path / f"{name}.pth").stat().st_size for name in ("released", "ordinary"))
+    assert small < 1.3 * large
+
+
+def test_two_architectures_are_no_release(tmp_path: Path) -> None:
+    for name, width in (("a", 8), ("b", 16)):
+        config = ms.Config(flow_channels=width, thumbnail_size=32)
+        content = {"config": {}, "model": ms.ConditionalFlow(config).state_dict()}
+        save_checkpoint(tmp_path / f"{name}.pth", content)
+    with pytest.raises(UserError, match="another architecture"):
+        make_release.pack(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), torch.zeros(5, 13))
