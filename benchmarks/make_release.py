@@ -33,6 +33,9 @@ from support.pairs import pictures_by_stem  # noqa: E402
 from support.settings import UserError, complain  # noqa: E402
 from support.simulated import darkened  # noqa: E402
 
+# of eight pictures so many are ordinary: most are, and a wrong choice costs them more
+ORDINARY = 7 / 8
+
 
 def statistics_of(folder: str, darken: bool = False) -> np.ndarray:
     """(N, 13) of every picture in `folder`, as it is and half a stop darker and brighter."""
@@ -49,14 +52,14 @@ def statistics_of(folder: str, darken: bool = False) -> np.ndarray:
 def fit_probe(infrared: np.ndarray, ordinary: np.ndarray, penalty: float = 1e-3) -> torch.Tensor:
     """(5, 13) table for `support.cameras`, from the (N, 13) statistics of either kind.
 
-    Both kinds count alike, however many pictures they have.
+    ORDINARY is how much the ordinary ones count, however many pictures either kind has.
     """
     both = np.concatenate([infrared, ordinary])
     mean, scale = both.mean(0), both.std(0) + 1e-6
     z = (both - mean) / scale
     inputs = np.concatenate([z, z**2, np.ones((len(z), 1))], axis=1)
     sign = np.where(np.arange(len(z)) < len(infrared), 1.0, -1.0)
-    share = np.where(sign > 0, 0.5 / len(infrared), 0.5 / len(ordinary))
+    share = np.where(sign > 0, (1 - ORDINARY) / len(infrared), ORDINARY / len(ordinary))
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margin = sign * (inputs @ weights)

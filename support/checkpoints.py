@@ -189,6 +189,15 @@ def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any],
     return checkpoint | {"model": found["infrared"]}, probe
 
 
+def starting_weights(path: str, camera: str) -> dict[str, Any]:
+    """The checkpoint that a new training starts from; of two networks that of `camera`, where auto
+    means the ordinary one. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    if camera == "infrared" and "cameras" in checkpoint:
+        return camera_parts(checkpoint, path)[0]
+    return checkpoint
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Tensors and plain data under a format version, atomically."""
     with atomic_path(path) as temporary:

@@ -13,7 +13,7 @@ from conftest import randomise
 
 import model_script as ms
 from support.cameras import STATISTICS, camera_of, infrared_probability, statistics
-from support.checkpoints import save_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint, starting_weights
 from support.decoding import read_image
 
 RED, GREEN = (60, 20, 40), (30, 40, 35)
@@ -143,3 +143,15 @@ def test_one_network_knows_no_camera_to_choose(
     argv += ["--output", tmp_path / "b.png", "--set", "camera=infrared"]
     status = ms.main([str(word) for word in argv])
     assert_one_line_error(status, capsys.readouterr().err, "camera", "one network")
+
+
+def test_a_training_starts_from_the_network_of_its_camera(tmp_path: Path) -> None:
+    weights = two_networks(tmp_path)
+    content = load_checkpoint(str(weights))
+    for camera, expected in (
+        ("auto", content["model"]),
+        ("ordinary", content["model"]),
+        ("infrared", content["cameras"]["infrared"]),
+    ):
+        found = starting_weights(str(weights), camera)["model"]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -172,3 +172,12 @@ def test_the_command_starts_from_anywhere_and_explains_itself(tmp_path: Path) ->
     assert done.returncode == 0 and "python tools/export_onnx.py --output" in done.stdout
     done = run([sys.executable, script])
     assert_one_line_error(done.returncode, done.stderr, "--output")
+
+
+def test_one_network_has_no_camera_to_export(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "e.onnx")]
+    status = export_onnx.main([*argv, "--camera", "infrared"])
+    assert_one_line_error(status, capsys.readouterr().err, "one network")
+    assert files_under(tmp_path) == set()

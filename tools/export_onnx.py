@@ -24,6 +24,7 @@ from repository import load_any
 from torch import Tensor, nn
 
 import model_script as ms
+from support.cameras import CAMERAS
 from support.commands import run
 from support.files import atomic_path
 from support.settings import OneLineParser, RunError, UserError
@@ -76,8 +77,11 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def export(checkpoint: str, target: Path) -> None:
-    """Write the ONNX file of a checkpoint and say how to run it. Raises UserError."""
+def export(checkpoint: str, target: Path, camera: str = "ordinary") -> None:
+    """Write the ONNX file of a checkpoint and say how to run it; of two networks, that of `camera`.
+
+    Raises UserError.
+    """
     if target.suffix.lower() != ".onnx":
         raise UserError(f"--output {target}: the suffix must be .onnx")
     try:
@@ -87,7 +91,10 @@ def export(checkpoint: str, target: Path) -> None:
     except ImportError as error:
         packages = "onnx onnxruntime onnxscript"
         raise UserError(f"needs the package {error.name}; run pip install {packages}") from None
-    model = load_any(checkpoint, {"device": "cpu"}).model
+    loaded = load_any(checkpoint, {"device": "cpu"})
+    if camera == "infrared" and loaded.infrared is None:
+        raise UserError(f"--camera infrared: {checkpoint} holds one network; leave it out")
+    model = loaded.infrared if camera == "infrared" else loaded.model
     enhancer = Enhancer(model)
     sides = {
         2: torch.export.Dim("height", min=16, max=65536),
@@ -139,9 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", metavar="FILE", required=True, help="the ONNX file")
     add("--checkpoint", metavar="FILE", default=str(ms.RELEASED), help="default: released weights")
 
+    add("--camera", choices=CAMERAS, default="ordinary", help="of released weights, which network")
+
     def work() -> int:
         arguments = parser.parse_args(argv)
-        export(arguments.checkpoint, Path(arguments.output))
+        export(arguments.checkpoint, Path(arguments.output), arguments.camera)
         return 0
 
     return run(work)
