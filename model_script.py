@@ -151,7 +151,7 @@ class Config:
     def __post_init__(self) -> None:
         """Rules that no single key can state. Raises UserError."""
         if len(self.image_size) != 2:
-            raise UserError(f"image_size must be two integers, height,width; got {self.image_size}")
+            raise UserError(f"image_size must be height,width in [16, 8192], got {self.image_size}")
         if self.crop_size % 8 or 0 < self.crop_size < 32:
             allowed = "0 or a multiple of 8 in [32, 4096]"
             raise UserError(f"crop_size must be {allowed}, got {self.crop_size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,48 @@ from torch import Tensor
 
 from support.files import make_folder
 from support.processes import rank
+from support.settings import UserError
 
 
 class Curves:
-    """A TensorBoard log in `folder` as a context; in all but the first process it does nothing."""
+    """A TensorBoard log in `folder` as a context; in all but the first process it does nothing.
+
+    The writer's thread hands an error on, and then dies of it with a traceback: of a full disk that
+    would be the second report, so it is kept quiet.
+    """
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # two seconds; only training needs it
 
+        self.folder = folder
         self.writer: Any = None
+        self.others, self.report = set(threading.enumerate()), threading.excepthook
         if rank() == 0:
             make_folder(folder)
             self.writer = SummaryWriter(folder)
 
     def __enter__(self) -> Curves:
+        threading.excepthook = self._quietly
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self.writer:
-            self.writer.close()
+    def _quietly(self, failed: Any) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            self.report(failed)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except OSError as late:
+            error = late
+        if isinstance(error, OSError):
+            for thread in set(threading.enumerate()) - self.others:
+                thread.join(timeout=1)  # it may still be on its way to its traceback
+        threading.excepthook = self.report
+        if isinstance(error, OSError):
+            where, reason = error.filename or self.folder, error.strerror or error
+            hint = "check the folder and the free space"
+            raise UserError(f"{where}: cannot write ({reason}); {hint}") from None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """A point of each curve."""

@@ -102,6 +102,7 @@ ENHANCE_COLUMNS = (
     "brightness_before",
     "brightness_after",
     "deviation",
+    "camera",
     "note",
 )
 

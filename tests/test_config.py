@@ -454,7 +454,7 @@ def test_set_is_read_by_the_type_of_the_field(text: str, expected: object) -> No
         ("learning_rate=nan", "learning_rate must be a number"),
         ("learning_rate=NaN", "learning_rate must be a number"),
         ("learning_rate=Infinity", "learning_rate must be a number"),
-        ("image_size=128", "image_size must be two integers"),
+        ("image_size=128", "image_size must be height,width"),
         ("image_size=128x128", "image_size must be a list of integers"),
         ("image_size=", "image_size must be a list of integers"),
         ("device=gpu", "device must be one of auto, cpu, cuda, mps"),

@@ -377,9 +377,7 @@ def test_two_stores_share_one_cache_limit(make_pairs: MakePairs, tmp_path: Path)
     folders = dict(train_low_dir=str(low), train_high_dir=str(high))
     folders |= dict(val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
     for limit, expected in ((100, [2, 2]), (4, [2, 1]), (2, [1, 0])):
-        store, _, validation, _ = ms.training_data(
-            ms.Config(**folders), ms.Use(cache_megabytes=limit)
-        )
+        store, _, validation, _ = ms.training_data(ms.Config(**folders), limit * 2**20)
         assert [len(store._cache), len(validation._cache)] == expected, limit
 
 
@@ -451,12 +449,11 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
     )
     folders = dict(train_low_dir=str(train[0]), train_high_dir=str(train[1]))
     config = ms.Config(**folders, val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
-    store, training, other, validation = ms.training_data(config, ms.Use())
+    store, training, other, validation = ms.training_data(config, 2**30)
     assert (training, validation) == ([0, 1, 2, 3], [0, 1])
     np.testing.assert_array_equal(other[1][0], read_image(held_out[0] / "2.png"))
-    store, training, other, validation = ms.training_data(
-        ms.Config(**folders, val_fraction=0.25), ms.Use()
-    )
+    split = ms.Config(**folders, val_fraction=0.25)
+    store, training, other, validation = ms.training_data(split, 2**30)
     assert other is store and len(training) == 3 and len(validation) == 1
 
 
@@ -683,7 +680,7 @@ def test_window_min_is_the_smallest_share(make_pairs: MakePairs) -> None:
 def test_batch_plan_covers_every_index_once(count: int, batch_size: int) -> None:
     plan = ms.batch_plan(count, ms.Config(batch_size=batch_size), 7)
     assert sorted(draw for batch in plan for draw in batch) == [
-        (7, index, False) for index in range(count)
+        (7, index, False, 0) for index in range(count)
     ]
     assert [len(batch) for batch in plan[:-1]] == [batch_size] * (len(plan) - 1)
     assert len(plan) == -(-count // batch_size)

@@ -116,7 +116,8 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
 # a disk that is full ------------------------------------------------------------------------------
 
 LIMITED = """
-import resource, runpy, signal, sys
+import pathlib, resource, runpy, signal, sys
+sys.path.insert(0, str(pathlib.Path({script!r}).parent))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.argv = [{script!r}, *sys.argv[1:]]

@@ -20,6 +20,7 @@ from odd_pictures import EXIF_TURNS, encoded, exif_of, png, tiff
 
 import model_script as ms
 from support.decoding import SUFFIXES, Picture, read_image, read_picture
+from support.pairs import find_pairs
 from support.pictures import encode_picture
 from support.settings import UserError, assignments, read_config_file, read_settings
 
@@ -268,7 +269,7 @@ def test_pairs_are_the_common_stems_and_every_other_picture_is_named(
         twice = any(len(same) > 1 for files in (lows, highs) for same in wanted(files).values())
         both = wanted(lows).keys() & wanted(highs).keys()
         try:
-            pairs = ms.find_pairs(f"{root}/low", f"{root}/high", "eval", messages.append)
+            pairs = find_pairs(f"{root}/low", f"{root}/high", "eval", messages.append)
         except UserError as error:
             assert twice or not both
             assert ("same stem" in str(error)) == twice

@@ -420,9 +420,10 @@ def test_a_folder_that_holds_another_run_is_refused(
     (tmp_path / "ckpt" / name).write_bytes(b"somebody's work")
     before = snapshot(tmp_path / "ckpt")
     assert main_with("train", settings_in(data, tmp_path)) == 2
-    assert_one_line_error(
-        2, capsys.readouterr().err, str(tmp_path / "ckpt"), "another run", name, "--resume"
-    )
+    # there is nothing to resume from best_model.pth alone
+    way = "remove it" if name == "best_model.pth" else "--resume"
+    told = capsys.readouterr().err
+    assert_one_line_error(2, told, str(tmp_path / "ckpt"), "another run", name, way)
     assert snapshot(tmp_path / "ckpt") == before and not (tmp_path / "logs").exists()
 
 

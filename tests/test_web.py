@@ -109,8 +109,8 @@ def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.S
         2,
     )
     assert info["deviation"] > 0
-    model, use, runtime = studio.load(next(iter(studio.models)))
-    expected = ms.enhance_pixels(model, LOW, use, runtime).best
+    loaded = studio.load(next(iter(studio.models)))
+    expected = ms.enhance_pixels(loaded.model, LOW, loaded.use, loaded.runtime).best
     full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1"))
     assert np.abs(full - expected / 257).max() <= 0.51
     # a JPEG of the same: noise is lost, colour is not
