@@ -61,7 +61,7 @@ from support import (
     settings,
     simulated,
 )
-from support.curves import Curves
+from support.curves import curves_in
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
@@ -1114,7 +1114,7 @@ class Trainer:
             checkpoints.claim_folder(self.folder)
         first, total, style = self.step // self.steps_per_epoch, self.total_steps, progress_style()
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", **style)
-        with processes.polite_signals() as interrupted, bar, Curves(log_dir) as self.curves:
+        with processes.polite_signals() as interrupted, bar, curves_in(log_dir) as self.curves:
             for epoch in range(first, config.num_epochs):
                 stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch

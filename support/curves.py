@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +17,10 @@ from support.settings import UserError
 
 
 class Curves:
-    """A TensorBoard log in `folder` as a context; in all but the first process it does nothing.
+    """What a training logs; without a `writer`, in all but the first process, nothing."""
 
-    The writer's thread hands an error on, and then dies of it with a traceback: of a full disk that
-    would be the second report, so it is kept quiet.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # two seconds; only training needs it
-
-        self.folder = folder
-        self.writer: Any = None
-        self.others, self.report = set(threading.enumerate()), threading.excepthook
-        if rank() == 0:
-            make_folder(folder)
-            self.writer = SummaryWriter(folder)
-
-    def __enter__(self) -> Curves:
-        threading.excepthook = self._quietly
-        return self
-
-    def _quietly(self, failed: Any) -> None:
-        if not isinstance(failed.exc_value, OSError):
-            self.report(failed)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if self.writer:
-                self.writer.close()
-        except OSError as late:
-            error = late
-        if isinstance(error, OSError):
-            for thread in set(threading.enumerate()) - self.others:
-                thread.join(timeout=1)  # it may still be on its way to its traceback
-        threading.excepthook = self.report
-        if isinstance(error, OSError):
-            where, reason = error.filename or self.folder, error.strerror or error
-            hint = "check the folder and the free space"
-            raise UserError(f"{where}: cannot write ({reason}); {hint}") from None
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """A point of each curve."""
@@ -73,3 +40,37 @@ class Curves:
         if self.writer:
             plain = {k: str(v) if isinstance(v, list) else v for k, v in config.items()}
             self.writer.add_hparams(plain, dict(found), run_name=".")
+
+
+@contextmanager
+def curves_in(folder: Path) -> Iterator[Curves]:
+    """The curves of a training, to `folder`. Raises UserError when they cannot be written.
+
+    TensorBoard's thread hands an error on and then dies of it: that traceback would be the second
+    report of one full disk.
+    """
+    from torch.utils.tensorboard import (
+        SummaryWriter,
+    )  # two seconds to import; only training needs it
+
+    def report(failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            before(failed)
+
+    before, threading.excepthook = threading.excepthook, report
+    others = set(threading.enumerate())
+    try:
+        if rank():
+            yield Curves(None)
+            return
+        make_folder(folder)
+        with SummaryWriter(folder) as writer:
+            yield Curves(writer)
+    except OSError as error:
+        for thread in set(threading.enumerate()) - others:
+            thread.join(timeout=1)  # it may still be on its way to its traceback
+        where, reason = error.filename or folder, error.strerror or error
+        hint = "check the folder and the free space"
+        raise UserError(f"{where}: cannot write ({reason}); {hint}") from None
+    finally:
+        threading.excepthook = before
