@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +27,7 @@ examples
   evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
   curves     tensorboard --logdir logs
 
-settings: in the JSON file of --config, or one by one with --set KEY=VALUE
+settings: in the JSON file of --config, as --set KEY=VALUE, or as --KEY VALUE
 """
 # the options that a mode takes beside --config and --set
 TAKES: dict[str, tuple[str, ...]] = {"train": ("resume",), "evaluate": ("checkpoint",)}
@@ -38,10 +40,10 @@ def parser_of(
     """The parser of the command line, whose help describes every mode and every key of `kinds`."""
     folder = kinds[0]().checkpoint_dir
     examples = EXAMPLES.format(program=system.program, recipe=system.recipe, folder=folder)
-    keys = key_parser(kinds, system.unused).format_help()
     parser = OneLineParser(
-        description=f"Enhance dark photographs with {system.method}.",
-        epilog=f"{examples}\n{keys}",
+        parents=[key_parser(kinds, system.unused)],
+        usage="%(prog)s --mode MODE [options] [--set KEY=VALUE ...]",
+        description=f"Enhance dark photographs with {system.method}.\n\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -77,6 +79,10 @@ def parse(
             raise UserError(f"--{name} does nothing in --mode {arguments.mode}; leave it out")
         if not given and name in takes and name in ("input", "output"):
             raise UserError(f"--mode {arguments.mode} needs --{name} FILE")
+    keys = {key.name for kind in kinds for key in dataclasses.fields(kind)}
+    direct = {name: value for name, value in vars(arguments).items() if name in keys}
+    words = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in direct.items()]
+    arguments.set += [f"{name}={word}" for name, word in words]
     found = read_all(kinds, arguments.config, arguments.set, system.unused)
     arguments.settings = found
     if arguments.checkpoint is None and "checkpoint" in takes:

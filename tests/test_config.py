@@ -568,3 +568,15 @@ def test_missing_flags_are_named(mode: str, name: str) -> None:
 def test_bad_command_lines(argv: list[str], words: str) -> None:
     line = parse_refusal(*argv)
     assert words in line and "--help" in line
+
+
+def test_a_key_can_be_an_option_of_its_own() -> None:
+    direct = parsed(
+        ["--mode", "train", "--batch_size", "3", "--image_size", "64,48", "--flips=false"]
+    )
+    sets = ("batch_size=3", "image_size=64,48", "flips=false")
+    given = parsed(["--mode", "train", *(word for text in sets for word in ("--set", text))])
+    assert direct.settings == given.settings
+    assert direct.settings == {"batch_size": 3, "image_size": [64, 48], "flips": False}
+    with pytest.raises(UserError, match="batch_size"):
+        parsed(["--mode", "train", "--batch_size", "0"])
