@@ -91,7 +91,7 @@ def pack(ordinary: str, infrared: str, probe: torch.Tensor) -> dict[str, Any]:
     # where the data lay is nobody's business, and of no use elsewhere
     config = parts[0]["config"] | {"sources": [], "init_from": ""}
     config |= {key: "" for key in config if key.endswith(("_low_dir", "_high_dir"))}
-    config |= {"checkpoint_dir": "checkpoints", "log_dir": "logs"}
+    config |= {"checkpoint_dir": "checkpoints", "log_dir": "logs", "seed": 0}
     return {
         "system": parts[0].get("system", "ConditionalFlow"),
         "run_id": parts[0]["run_id"],
