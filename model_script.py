@@ -95,7 +95,9 @@ class Config:
     val_low_dir: str = knob("", "dark validation photographs; empty: split off by scene")
     val_high_dir: str = knob("", "their targets")
     sources: list[dict] = knob([], "several sets of pairs in place of these; see docs/training.md")
-    epoch_samples: int = knob(0, "with sources: samples of an epoch; 0: as many as pairs", 0, 10**9)
+    epoch_samples: int = knob(
+        0, "with sources: batch_size times the steps of an epoch; 0: pairs", 0, 10**9
+    )
     val_pairs: int = knob(0, "with sources: validation pairs of each; 0: all", 0, 10**9)
     val_fraction: float = knob(0.1, "share of the pairs to split off, whole scenes", 0.0, 0.9)
     scene_similarity: float = knob(0.85, "correlation of targets that show one scene", 0.0, 1.0)
@@ -144,7 +146,7 @@ class Config:
     val_freq: int = knob(1, "epochs between validations", 1, 1_000_000)
     save_freq: int = knob(1, "epochs between checkpoints", 1, 1_000_000)
     keep_checkpoints: int = knob(3, "newest epoch checkpoints kept", 1, 1_000_000)
-    init_from: str = knob("", "checkpoint whose weights a new training starts from")
+    init_from: str = knob("", "checkpoint to start from; of two networks the ordinary one")
     checkpoint_dir: str = knob("checkpoints", "where a training's weights go")
     log_dir: str = knob("logs", "where its TensorBoard logs go")
 
@@ -160,12 +162,13 @@ class Config:
                 raise UserError(f"{key} must be a multiple of {step}, got {getattr(self, key)}")
         if bool(self.val_low_dir) != bool(self.val_high_dir):
             raise UserError("val_low_dir and val_high_dir must be given together")
-        if not self.val_low_dir and self.val_fraction == 0:
+        if not self.val_low_dir and not self.sources and self.val_fraction == 0:
             raise UserError("val_fraction must be above 0 where no val_low_dir is named")
         if self.identity_share + self.paste_share > 1:
             raise UserError("identity_share and paste_share must sum to at most 1")
-        if not any((self.nll_weight, self.l1_weight, self.ssim_weight, self.colour_weight)):
-            raise UserError("one of nll_, l1_, ssim_ and colour_weight must be above 0")
+        nll = self.nll_weight if self.nll_every == 1 else 0.0
+        if not any((nll, self.l1_weight, self.ssim_weight, self.colour_weight)):
+            raise UserError("one of nll_, l1_, ssim_ and colour_weight must be above 0 every step")
 
 
 @dataclasses.dataclass
@@ -185,7 +188,7 @@ class Use:
     results_dir: str = knob("results", "where evaluations go")
     temperature: float = knob(0.0, "spread of samples, in prior deviations; 0: the mean", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
-    uncertainty: bool = knob(False, "enhance: also write the deviation over samples, at least 16")
+    uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again what is already done")
@@ -1244,10 +1247,9 @@ class Trainer:
         if not self.config.sources:
             return batch_plan(len(self.training), self.config, epoch)
         members = self.store.by_source(self.training)
-        shares = {source["name"]: source["share"] for source in self.config.sources}
-        return source_plan(
-            list(members.values()), [shares[name] for name in members], self.config, epoch
-        )
+        share = {source["name"]: source["share"] for source in self.config.sources}
+        shares = [share[name] for name in members]
+        return source_plan(list(members.values()), shares, self.config, epoch)
 
     def _loader(self, batches: Sequence[list[Draw]]) -> DataLoader:
         samples = TrainingSamples(self.store, self.training, self.config)
@@ -1555,9 +1557,8 @@ def score_pair(
     if size and low.shape[:2] != tuple(size):
         low, high = (to_uint8(resize(to_tensor(image)[None], size)[0]) for image in (low, high))
     started = time.perf_counter()
-    found = enhance_pixels(
-        model, low, dataclasses.replace(use, samples=0, uncertainty=False), runtime
-    )
+    plain = dataclasses.replace(use, samples=0, uncertainty=False)
+    found = enhance_pixels(model, low, plain, runtime)
     seconds = time.perf_counter() - started
     levels = pictures.level_table(0.0, deep=False)[found.best]
     row: dict[str, Any] = metrics.image_metrics(levels / 255.0, high / 255.0)
@@ -1724,8 +1725,8 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     row = work(*jobs[0])
     size, seconds = f"{row['width']}x{row['height']}", f"{row['seconds']:.2f} s"
     print(f"{row['output']}: {size}, {seconds} on {loaded.runtime}")
-    if row["note"]:
-        print(f"{given}: {row['note']}")
+    for note in filter(None, (row["camera"] and f"{row['camera']} network", row["note"])):
+        print(f"{given}: {note}")
     if row["deviation"] != "":
         print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
     return 0
@@ -1742,22 +1743,22 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
     weights = given.get("checkpoint_dir", system.config_class().checkpoint_dir)
     folder = files.results_folder(given.get("results_dir", Use().results_dir), "demo")
     sides = [(part, kind) for part in ("train", "eval") for kind in ("low", "high")]
-    here = {f"{part}_{kind}_dir": str(folder / "data" / part / kind) for part, kind in sides}
+    here: dict[str, Any] = {f"{a}_{b}_dir": str(folder / "data" / a / b) for a, b in sides}
     small = dict(
         **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7),
         **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8),
-        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto", sources=[]),
-        **dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder)),
+        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
     )
+    here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
+    here |= dict(sources=[], scenes="", camera="auto")
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
-    chosen = given | here | small | {key: own[key] for key in own if key not in here}
+    chosen = given | small | own | here
     config = settings.build(system.config_class, chosen, "demo")
     use = settings.build(Use, chosen, "demo")
     simulated.write_demo_pairs(folder / "data", config.image_size[0], config.seed)
     print(f"demo: simulated dark photographs in {folder / 'data'}")
-    status = Trainer(config, use, system).fit()
-    if status:
+    if status := Trainer(config, use, system).fit():
         return status
     best = f"{config.checkpoint_dir}/best_model.pth"
     evaluate(argparse.Namespace(checkpoint=best, settings=dataclasses.asdict(use)), system)

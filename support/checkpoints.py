@@ -193,9 +193,9 @@ def starting_weights(path: str, camera: str) -> dict[str, Any]:
     """The checkpoint that a new training starts from; of two networks that of `camera`, where auto
     means the ordinary one. Raises UserError."""
     checkpoint = load_checkpoint(path)
-    if camera == "infrared" and "cameras" in checkpoint:
-        return camera_parts(checkpoint, path)[0]
-    return checkpoint
+    if camera != "auto" and "cameras" not in checkpoint:
+        raise UserError(f"camera: {path} holds one network; leave it out")
+    return camera_parts(checkpoint, path)[0] if camera == "infrared" else checkpoint
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -288,8 +288,8 @@ def folder_of(given: str | None) -> str | None:
 def resume_from(given: str | None, folder: Path) -> str | None:
     """The checkpoint to go on from: what --resume names, the newest where that is a folder, or the
     newest of the run that torchrun starts again. Raises UserError for a folder without one."""
-    if restarted():
-        return newest_checkpoint(folder) or given
+    if restarted() and (own := newest_checkpoint(folder)):
+        return own
     if not given or not os.path.isdir(given):
         return given
     newest = newest_checkpoint(Path(given))

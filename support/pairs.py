@@ -167,7 +167,11 @@ def source_pairs(
         for kind, prefix in (("train", ""), ("val", "val_")):
             if not source[f"{prefix}low_dir"] or (kind == "train" and not source["share"]):
                 continue
-            found = find_pairs(source[f"{prefix}low_dir"], source[f"{prefix}high_dir"], kind)
+            try:
+                found = find_pairs(source[f"{prefix}low_dir"], source[f"{prefix}high_dir"], kind)
+            except UserError as error:
+                problem = str(error).split("; ")[0]
+                raise UserError(f"sources: {source['name']}: {problem}; mend its folders") from None
             if kind == "val" and 0 < val_pairs < len(found):
                 places = np.linspace(0, len(found) - 1, val_pairs).round().astype(int)
                 found = [found[place] for place in places]

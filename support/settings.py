@@ -103,6 +103,8 @@ def read_value(key: dataclasses.Field, text: str) -> Any:
             return text
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
+        if kind == "list[dict]":
+            return typed_sources(json.loads(text), key.name)
         if kind.startswith("list"):
             return [number(part) for part in text.strip("[]").split(",")]
         return number(text)

@@ -15,6 +15,7 @@ import model_script as ms
 from support.cameras import STATISTICS, camera_of, infrared_probability, statistics
 from support.checkpoints import load_checkpoint, save_checkpoint, starting_weights
 from support.decoding import read_image
+from support.settings import UserError
 
 RED, GREEN = (60, 20, 40), (30, 40, 35)
 
@@ -143,6 +144,16 @@ def test_one_network_knows_no_camera_to_choose(
     argv += ["--output", tmp_path / "b.png", "--set", "camera=infrared"]
     status = ms.main([str(word) for word in argv])
     assert_one_line_error(status, capsys.readouterr().err, "camera", "one network")
+
+
+def test_one_network_is_no_start_for_a_camera(tmp_path: Path) -> None:
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+    content = {"config": dataclasses.asdict(config)}
+    content |= {"model": ms.ConditionalFlow(config).state_dict()}
+    save_checkpoint(tmp_path / "one.pth", content)
+    assert starting_weights(str(tmp_path / "one.pth"), "auto")["model"].keys()
+    with pytest.raises(UserError, match="one network"):
+        starting_weights(str(tmp_path / "one.pth"), "infrared")
 
 
 def test_a_training_starts_from_the_network_of_its_camera(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from cli_tools import assert_one_line_error, run_script, target_picture
 from PIL import Image
 
 import model_script as ms
+from support import simulated
 from support.pictures import linear_to_srgb, srgb_to_linear
 from support.simulated import DEMO_TEST, DEMO_TRAIN, demo_crops, simulate_infrared
 
@@ -126,3 +127,16 @@ def test_the_demo_writes_only_where_it_should(newcomer: Path) -> None:
     assert (newcomer / "checkpoints" / "best_model.pth").read_bytes() == b"weeks of training"
     (overview,) = (newcomer / "results").glob("demo_*/eval_*/overview.png")
     assert Image.open(overview).width >= 1200
+
+
+def test_the_demo_keeps_its_folders_whatever_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated, "DEMO_TRAIN", ("coffee", "chelsea"))
+    monkeypatch.setattr(simulated, "DEMO_TEST", ("rocket",))
+    sets = dict(image_size="32,32", thumbnail_size=32, max_minutes=0.0001, device="cpu")
+    sets |= dict(results_dir=tmp_path / "r", checkpoint_dir=tmp_path / "c", log_dir=tmp_path / "l")
+    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    assert ms.main(["--mode", "demo", *words, "--set", "scenes=7"]) == 0
+    (folder,) = (tmp_path / "r").glob("demo_*")
+    assert (folder / "demo.csv").exists() and (tmp_path / "c" / folder.name).is_dir()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_tools import main_with, make_data, tiny_config
+from cli_tools import main_with, make_data, parsed, tiny_config
 from conftest import smooth_scene, write_pairs
 
 import model_script as ms
@@ -290,3 +290,25 @@ def test_trains_and_resumes_on_two_sources(
     again = torch.load(tmp_path / "d" / "checkpoint_epoch_2.pth", weights_only=True)
     assert all(torch.equal(whole["model"][name], again["model"][name]) for name in whole["model"])
     assert json.dumps(whole["config"]["sources"]) == json.dumps(again["config"]["sources"])
+
+
+def test_sources_can_be_an_option_and_need_no_split(tmp_path: Path) -> None:
+    sources = two_sources(tmp_path)
+    given = parsed(["--mode", "train", "--sources", json.dumps(sources), "--val_fraction", "0"])
+    assert [item["name"] for item in given.settings["sources"]] == ["near", "far"]
+    with pytest.raises(UserError, match="list of objects"):
+        parsed(["--mode", "train", "--sources", "5"])
+
+
+def test_a_missing_folder_names_its_source(tmp_path: Path) -> None:
+    sources = two_sources(tmp_path)
+    sources[1]["low_dir"] = "nowhere"
+    with pytest.raises(UserError, match=r"sources: far: .*nowhere"):
+        samples_of(config_of(tmp_path, sources=sources))
+
+
+def test_the_likelihood_alone_must_be_computed_every_step() -> None:
+    alone = dict(l1_weight=0.0, ssim_weight=0.0, colour_weight=0.0)
+    ms.Config(**alone)
+    with pytest.raises(UserError, match="every step"):
+        ms.Config(**alone, nll_every=2)

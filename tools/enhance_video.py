@@ -69,12 +69,13 @@ class FrameEnhancer:
         self.share = 1 - math.exp(-2 / rate)
         self.survey: ms.Survey | None = None
         self.model: Any = None
+        self.camera = ""
         self.table: np.ndarray | None = None
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         use, runtime = self.loaded.use, self.loaded.runtime
         if self.model is None:  # the camera does not change within a clip
-            self.model = self.loaded.choose(pixels)[0]
+            self.model, self.camera = self.loaded.choose(pixels)
         model = self.model
         thumbnail = whole_thumbnail(pixels, model.config.thumbnail_size)
         with torch.no_grad(), runtime.autocast():
@@ -160,13 +161,14 @@ class Output:
 
 class Told(NamedTuple):
     """What became of a clip: (height, width), number of frames, how many it says it has (None where
-    it does not), sums of their mean brightness."""
+    it does not), sums of their mean brightness, the camera whose network served it."""
 
     size: tuple[int, int] = (0, 0)
     frames: int = 0
     expected: int | None = None
     before: float = 0.0
     after: float = 0.0
+    camera: str = ""
 
 
 def upright(frame: Any) -> np.ndarray:
@@ -213,7 +215,7 @@ def transfer(
                     output.frame(levels, moment)
                     before, after = pixels.mean() / 255, levels.mean() / 255
                     sums = (told.before + before, told.after + after)
-                    told = Told(pixels.shape[:2], told.frames + 1, expected, *sums)
+                    told = Told(pixels.shape[:2], told.frames + 1, expected, *sums, enhance.camera)
                     bar.update()
         if not told.frames:
             raise UserError(f"{source}: holds no frame that can be read")
@@ -257,6 +259,7 @@ def enhance_clip(
         "brightness_before": round(told.before / told.frames, 5),
         "brightness_after": round(told.after / told.frames, 5),
         "deviation": "",
+        "camera": told.camera,
         "note": note,
     }
 
