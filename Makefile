@@ -17,7 +17,7 @@ demo: .venv/.requirements
 	$(BIN)/python model_script.py --mode demo --config cpu_train_config.json
 
 test: .venv/.requirements-dev
-	$(BIN)/python -m pytest --cov=model_script --cov=support --cov-report=term --cov-fail-under=92
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=model_script --cov=support --cov-report=term --cov-fail-under=92
 
 bench: .venv/.requirements-dev
 	$(BIN)/python benchmarks/bench.py
