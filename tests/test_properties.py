@@ -45,7 +45,7 @@ anything = st.recursive(
 def source(name: str, share: float) -> dict[str, Any]:
     """An object of `sources` as it is after reading."""
     folders = {f"{kind}_dir": name for kind in ("low", "high", "val_low", "val_high")}
-    return {"name": name, "share": share + 1e-3, "darken": 0.5, **folders}
+    return {"name": name, "share": share, "darken": 0.5, **folders}
 
 
 def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
@@ -61,7 +61,7 @@ def right_value(key: dataclasses.Field) -> st.SearchStrategy[Any]:
         )
     if key.type == "list[dict]":
         name = st.text("abc", min_size=1, max_size=3)
-        share = st.floats(0, 1e6)
+        share = st.floats(1e-3, 1e6)
         return st.lists(st.builds(source, name, share), max_size=3, unique_by=lambda s: s["name"])
     number = st.integers(low, high) if "int" in key.type else st.floats(low, high)
     return st.lists(number, min_size=1, max_size=4) if key.type.startswith("list") else number
