@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import random
@@ -66,6 +65,7 @@ from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
+from support.plans import Draw, batch_plan, epoch_steps, source_plan
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
 from support.scenes import training_twins
@@ -240,16 +240,6 @@ class Sample(NamedTuple):
 WHOLE_BOX = (0.0, 0.0, 1.0, 1.0)
 
 
-class Draw(NamedTuple):
-    """Pair number `pair` as `epoch` augments it; `whole` at image_size, else cropped; `turn` counts
-    how often the epoch has shown the pair before."""
-
-    epoch: int
-    pair: int
-    whole: bool = False
-    turn: int = 0
-
-
 class TrainingSamples(Dataset):
     """Augmented samples; the item of a Draw is a pure function of the seed, so it repeats."""
 
@@ -352,49 +342,6 @@ class TrainingSamples(Dataset):
             left, top, right, bottom = top, left, bottom, right
         low, high, thumbnail = (image.contiguous() for image in images)
         return Sample(low, high, thumbnail, torch.tensor([left, top, right, bottom]))
-
-
-def batch_plan(count: int, config: Config, epoch: int) -> list[list[Draw]]:
-    """The batches of an epoch, a pure function; each is whole or cropped throughout."""
-    rng = np.random.default_rng((config.seed, epoch))
-    order = rng.permutation(count).tolist()
-    size = config.batch_size
-    batches = [order[start : start + size] for start in range(0, count, size)]
-    whole = (rng.random(len(batches)) < config.whole_share).tolist()
-    return [
-        [Draw(epoch, index, all_of_it) for index in batch]
-        for batch, all_of_it in zip(batches, whole, strict=True)
-    ]
-
-
-def epoch_steps(count: int, config: Config) -> int:
-    """Batches in an epoch over `count` pairs."""
-    samples = (config.epoch_samples if config.sources else 0) or count
-    return math.ceil(samples / config.batch_size)
-
-
-def source_plan(
-    members: Sequence[Sequence[int]], shares: Sequence[float], config: Config, epoch: int
-) -> list[list[Draw]]:
-    """The batches of an epoch over several sources, each with its share of the samples.
-
-    `members` are the sources' pair numbers; a source shows all its pairs before it repeats one. A
-    pure function, as `batch_plan`; batches of whole pictures hold whole_batch.
-    """
-    rng = np.random.default_rng((config.seed, epoch, 2**31))
-    whole = rng.random(epoch_steps(sum(map(len, members)), config)) < config.whole_share
-    sizes = np.where(whole, config.whole_batch or config.batch_size, config.batch_size)
-    ends = np.rint(np.cumsum(shares) / np.sum(shares) * sizes.sum()).astype(int)
-    drawn: list[tuple[int, int]] = []
-    for numbers, count in zip(members, np.diff(ends, prepend=0).tolist(), strict=True):
-        laps = [rng.permutation(len(numbers)) for _ in range(math.ceil(count / len(numbers)))]
-        order = np.concatenate(laps)[:count].tolist() if laps else []
-        drawn += [(numbers[place], turn // len(numbers)) for turn, place in enumerate(order)]
-    order = iter(rng.permutation(len(drawn)).tolist())
-    return [
-        [Draw(epoch, drawn[i][0], all_of_it, drawn[i][1]) for i in itertools.islice(order, size)]
-        for size, all_of_it in zip(sizes.tolist(), whole.tolist(), strict=True)
-    ]
 
 
 # --------------------------------------------------------------------------------------------------
