@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.decoding import SUFFIXES, read_image
+from support.naming import listed
 from support.processes import progress_style
 from support.scenes import split_by_scene
 from support.settings import UserError
@@ -73,7 +74,7 @@ def find_pairs(
     for folder, here, there in ((low_dir, lows, highs), (high_dir, highs, lows)):
         orphans = sorted(here.keys() - there.keys(), key=natural_key)
         if orphans:
-            names = ", ".join(here[stem].name for stem in orphans)
+            names = listed([here[stem].name for stem in orphans])
             log(f"{kind}: {len(orphans)} pictures in {folder} have no partner: {names}")
     stems = sorted(lows.keys() & highs.keys(), key=natural_key)
     if not stems:

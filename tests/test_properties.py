@@ -282,14 +282,14 @@ def test_pairs_are_the_common_stems_and_every_other_picture_is_named(
     )
     numbers = [int(pair.name) for pair in pairs if pair.name.isdecimal()]
     assert numbers == sorted(numbers)
-    orphans = [
-        name
-        for files in (lows, highs)
-        for stem, (name,) in wanted(files).items()
-        if stem not in both
+    orphans = [wanted(files).keys() - both for files in (lows, highs)]
+    told = [
+        (message, alone) for message, alone in zip(messages, filter(None, orphans), strict=True)
     ]
-    told = "\n".join(messages)
-    assert all(name in told for name in orphans) and bool(messages) == bool(orphans)
+    for message, alone in told:
+        assert f" {len(alone)} pictures" in message
+        assert message.endswith(f" and {len(alone) - 5} more") == (len(alone) > 5)
+        assert sum(f" {stem}." in message for stem in alone) >= min(len(alone), 5)
 
 
 # pictures -----------------------------------------------------------------------------------------
