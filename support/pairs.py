@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.decoding import SUFFIXES, read_image
-from support.naming import listed
+from support.decoding import read_image
+from support.naming import is_picture_name, listed, match_stems
 from support.processes import progress_style
 from support.scenes import split_by_scene
 from support.settings import UserError
@@ -39,7 +40,7 @@ def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
             f"{key}: cannot list {folder!r} ({error.strerror}); check its permissions"
         ) from None
     for path in listed:
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
+        if is_picture_name(path.name) and path.is_file():
             if path.stem in found:
                 raise UserError(
                     f"{path}: has the same stem as {found[path.stem].name}; keep one of the two"
@@ -49,7 +50,7 @@ def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
 
 
 class Pair(NamedTuple):
-    """Two files of one stem."""
+    """A dark picture and its target. The name, unique among pairs, is the dark picture's stem."""
 
     name: str
     low: Path
@@ -64,23 +65,28 @@ class Pair(NamedTuple):
 def find_pairs(
     low_dir: str, high_dir: str, kind: str, log: Callable[[str], None] = print
 ) -> list[Pair]:
-    """Pairs in natural order; files without a partner are counted and named through `log`.
+    """Pairs in natural order; files without a partner are counted and named through `log`, and how
+    names were matched that are not equal.
 
     `kind` is train, val or eval and names the config keys in errors. Raises UserError when nothing
-    pairs up.
+    pairs up, and for names that match in two ways.
     """
     lows = pictures_by_stem(low_dir, f"{kind}_low_dir")
     highs = pictures_by_stem(high_dir, f"{kind}_high_dir")
-    for folder, here, there in ((low_dir, lows, highs), (high_dir, highs, lows)):
-        orphans = sorted(here.keys() - there.keys(), key=natural_key)
+    partners, how = match_stems(lows, highs, kind)
+    if not partners:
+        hint = f"no file in {low_dir} shares its stem with one in {high_dir}"
+        raise UserError(f"{kind}_low_dir: {hint}; pairs are matched by stem")
+    stems = sorted(partners, key=natural_key)
+    if stems[0] != partners[stems[0]]:
+        log(f"{kind}: paired {stems[0]} with {partners[stems[0]]} {how}")
+    used = set(partners.values())
+    for folder, here, there in ((low_dir, lows, partners.keys()), (high_dir, highs, used)):
+        orphans = sorted(here.keys() - there, key=natural_key)
         if orphans:
             names = listed([here[stem].name for stem in orphans])
             log(f"{kind}: {len(orphans)} pictures in {folder} have no partner: {names}")
-    stems = sorted(lows.keys() & highs.keys(), key=natural_key)
-    if not stems:
-        hint = f"no file in {low_dir} shares its stem with one in {high_dir}"
-        raise UserError(f"{kind}_low_dir: {hint}; pairs are matched by stem")
-    return [Pair(stem, lows[stem], highs[stem]) for stem in stems]
+    return [Pair(stem, lows[stem], highs[partners[stem]]) for stem in stems]
 
 
 def evaluation_pairs(use: Any) -> list[Pair]:
@@ -169,10 +175,12 @@ def source_pairs(
             if not source[f"{prefix}low_dir"] or (kind == "train" and not source["share"]):
                 continue
             try:
-                found = find_pairs(source[f"{prefix}low_dir"], source[f"{prefix}high_dir"], kind)
+                folders = (source[f"{prefix}low_dir"], source[f"{prefix}high_dir"])
+                found = find_pairs(*folders, kind, partial(print, f"{source['name']}:"))
             except UserError as error:
-                problem = str(error).split("; ")[0]
-                raise UserError(f"sources: {source['name']}: {problem}; mend its folders") from None
+                problem, _, mend = str(error).rpartition("; ")
+                mend = "mend its folders" if "--set" in mend else mend  # that sets no source's
+                raise UserError(f"sources: {source['name']}: {problem}; {mend}") from None
             if kind == "val" and 0 < val_pairs < len(found):
                 places = np.linspace(0, len(found) - 1, val_pairs).round().astype(int)
                 found = [found[place] for place in places]

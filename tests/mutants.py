@@ -40,6 +40,7 @@ FLOW, LOSSES, METRICS, TRAINING, DATA = (
     "test_data",
 )
 ROOMS, CONFIG = "test_rooms", "test_config"
+NAMES = ("test_naming", "support/naming.py")
 SETTINGS, CHECKPOINTS, DECODING, PICTURES, TILES, SUMMARY, FOLDERS, SCENES = (
     f"support/{name}.py"
     for name in (
@@ -281,6 +282,11 @@ MUTANTS = [
         DATA,
         SCENES,
     ),
+    # names
+    Mutant("if by_scene and alone:", "if False:", *NAMES),
+    Mutant("if owner != low and not shared:", "if False:", *NAMES),
+    Mutant("if other != match:", "if False:", *NAMES),
+    Mutant("    if equal:", "    if False:", *NAMES),
     # scores
     Mutant(
         "metrics.image_metrics(levels / 255.0,",

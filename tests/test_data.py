@@ -276,7 +276,7 @@ def test_folders_that_pair_nothing_are_refused(tmp_path: Path, make_pairs: MakeP
     with pytest.raises(UserError, match="train_low_dir"):
         pairs_in((tmp_path / "missing", high))
     for path in high.iterdir():
-        path.rename(high / f"target_{path.name}")
+        path.rename(high / f"other_{path.name}")
     with pytest.raises(UserError) as caught:
         pairs_in((low, high))
     assert str(low) in str(caught.value) and str(high) in str(caught.value)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -275,6 +276,10 @@ def test_pairs_are_the_common_stems_and_every_other_picture_is_named(
             assert ("same stem" in str(error)) == twice
             return
     assert not twice
+    if not both:  # then the lows are frames, and every one of them has the target of its scene
+        assert {pair.name for pair in pairs} == wanted(lows).keys()
+        assert all(re.split(r"[_-]\d+$", p.name)[0] == p.high.stem != p.name for p in pairs)
+        return
     assert {pair.name for pair in pairs} == both and len(pairs) == len(both)
     assert all(
         pair.low.name in lows and pair.high.name in highs and pair.low.stem == pair.high.stem
