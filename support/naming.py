@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ LOW_WORDS = ("low", "lowlight", "dark", "input", "short", "ll", "lq")
 HIGH_WORDS = ("high", "normal", "bright", "gt", "target", "label", "ref", "long", "nl", "hq")
 SEPARATORS = ("_", "-", " ")
 MOST_NAMES = 5  # that a message lists
+MOST_ENTRIES = 300  # of folders that are looked at for a better one
 
 
 def listed(names: Sequence[str]) -> str:
@@ -142,3 +145,43 @@ def single_targets(match: Mapping[str, list[str]], kind: str, shared: bool) -> d
 def is_picture_name(name: str) -> bool:
     """Whether a file of this name counts as a picture: by its suffix, and if it is not hidden."""
     return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def folders_below(folder: str) -> list[Path]:
+    """Folders with pictures, one or two levels below `folder`, in order; of a large tree the first
+    MOST_ENTRIES entries only are looked at."""
+    found, level, room = [], [Path(folder)], MOST_ENTRIES
+    for depth in range(3):
+        below: list[Path] = []
+        for path in level:
+            inside: list[Path] = []
+            with suppress(OSError), os.scandir(path) as entries:
+                for entry in itertools.islice(entries, room):
+                    room -= 1
+                    if entry.is_dir() and not entry.name.startswith((".", "__")):
+                        inside.append(path / entry.name)
+                    elif depth and is_picture_name(entry.name) and entry.is_file():
+                        found.append(path)
+                        break
+                else:
+                    below += inside
+        level = sorted(below)
+    return sorted(found)
+
+
+def no_pictures(folder: str, key: str) -> UserError:
+    """The error for the `folder` of config key `key`, which holds no pictures; it names the folders
+    below that were probably meant."""
+    sides = (LOW_WORDS, HIGH_WORDS) if key.endswith("low_dir") else (HIGH_WORDS, LOW_WORDS)
+    ours: list[str] = []
+    unnamed: list[str] = []
+    for path in folders_below(folder):
+        words = set(re.findall("[a-z]+", path.name.lower()))
+        if words & set(sides[0]):
+            ours.append(str(path))
+        elif not words & set(sides[1]):
+            unnamed.append(str(path))
+    meant = ours or unnamed
+    one_of = "one of " if len(meant) > 1 else ""
+    hint = f"did you mean {one_of}{listed(meant)}?" if meant else "name the folder that holds them"
+    return UserError(f"{key}: no pictures in {folder!r}; {hint}")

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.decoding import read_image
-from support.naming import is_picture_name, listed, match_stems
+from support.naming import is_picture_name, listed, match_stems, no_pictures
 from support.processes import progress_style
 from support.scenes import split_by_scene
 from support.settings import UserError
@@ -68,11 +68,14 @@ def find_pairs(
     """Pairs in natural order; files without a partner are counted and named through `log`, and how
     names were matched that are not equal.
 
-    `kind` is train, val or eval and names the config keys in errors. Raises UserError when nothing
-    pairs up, and for names that match in two ways.
+    `kind` is train, val or eval and names the config keys in errors. Raises UserError for a folder
+    without pictures, when nothing pairs up, and for names that match in two ways.
     """
     lows = pictures_by_stem(low_dir, f"{kind}_low_dir")
     highs = pictures_by_stem(high_dir, f"{kind}_high_dir")
+    for folder, found, side in ((low_dir, lows, "low"), (high_dir, highs, "high")):
+        if not found:
+            raise no_pictures(folder, f"{kind}_{side}_dir")
     partners, how = match_stems(lows, highs, kind)
     if not partners:
         hint = f"no file in {low_dir} shares its stem with one in {high_dir}"

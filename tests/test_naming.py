@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model_script as ms
-from support.naming import HIGH_WORDS, LOW_WORDS, listed, match_stems
+from support.naming import HIGH_WORDS, LOW_WORDS, MOST_ENTRIES, listed, match_stems
 from support.pairs import find_pairs, source_pairs
 from support.settings import UserError
 
@@ -279,8 +281,66 @@ def test_sources_pair_by_the_same_rules_and_are_named(
     said = capsys.readouterr().out
     assert 'v2: train: paired low1 with normal1 by what follows "low" and "normal"' in said
     assert "v2: train: 1 pictures" in said and "low2.png" in said
+    with pytest.raises(UserError, match=r"^sources: v2: .*did you mean .*/a/Low\?"):
+        source_pairs([source | dict(low_dir=f"{tmp_path}/a")], 0)
     write_files(tmp_path, "a/Low/low_1.png")
     with pytest.raises(UserError, match=r"^sources: v2: .*low1 and low_1.*; keep or rename"):
         source_pairs([source], 0)
     with pytest.raises(UserError, match=r"^sources: v2: .*none'; mend its folders$"):
         source_pairs([source | dict(high_dir="none")], 0)
+
+
+# one level too high -------------------------------------------------------------------------------
+
+
+def told(low: Path | str, high: Path | str, kind: str = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        find_pairs(str(low), str(high), kind)
+    return str(caught.value)
+
+
+def test_a_folder_one_level_too_high_names_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(Path("our485"), "low/1.png", "high/1.png", "notes.txt", ".git/x.png")
+    error = "train_low_dir: no pictures in 'our485'; did you mean our485/low?"
+    assert told("our485", "our485/high") == error
+    error = "val_high_dir: no pictures in 'our485'; did you mean our485/high?"
+    assert told("our485/low", "our485", "val") == error
+    write_files(Path("eval15"), "low/1.png", "high/1.png")
+    write_files(Path("LOL"), "our485/low/1.png", "our485/high/1.png", "eval15/low/2.JPG")
+    assert told("LOL", "LOL").endswith("did you mean one of LOL/eval15/low, LOL/our485/low?")
+
+
+def test_a_folder_of_unknown_names_is_named_and_the_targets_are_not(tmp_path: Path) -> None:
+    write_files(tmp_path, "all/evening/1.png", "all/normal/1.png", "high/1.png", "deep/1/2/3/a.png")
+    assert told(tmp_path / "all", tmp_path / "high").endswith(f"mean {tmp_path}/all/evening?")
+    assert told(tmp_path / "deep", tmp_path / "high").endswith("; name the folder that holds them")
+    many = write_files(tmp_path / "many", *(f"{n}/a.png" for n in range(9)))
+    assert told(many, tmp_path / "high").endswith("/4 and 4 more?")
+
+
+def test_a_huge_tree_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2 * MOST_ENTRIES):
+        (tmp_path / "tree" / f"{number}" / "below").mkdir(parents=True)
+    write_files(tmp_path, "high/1.png")
+    (tmp_path / "tree" / "0" / "loop").symlink_to(tmp_path / "tree")
+    looked: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scan(path))
+    started = time.process_time()
+    assert told(tmp_path / "tree", tmp_path / "high").endswith("; name the folder that holds them")
+    assert len(looked) <= MOST_ENTRIES + 9 and time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_the_command_line_says_it_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    low, high, _ = lay_out(tmp_path, "LOL-v1")
+    kind = mode.removesuffix("uate")
+    folders = [f"--{kind}_low_dir={low.parent}", f"--{kind}_high_dir={high}"]
+    status = ms.main(["--mode", mode, *folders, f"--results_dir={tmp_path / 'r'}"])
+    errors = capsys.readouterr().err
+    assert_one_line_error(status, errors, f"{kind}_low_dir", f"did you mean {low}?")
