@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import re
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import assert_one_line_error, dark_picture, main_with, save_picture, tiny_config
-from conftest import smooth_scene
+from conftest import ROOT, smooth_scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,3 +345,15 @@ def test_the_command_line_says_it_in_one_line(
     status = ms.main(["--mode", mode, *folders, f"--results_dir={tmp_path / 'r'}"])
     errors = capsys.readouterr().err
     assert_one_line_error(status, errors, f"{kind}_low_dir", f"did you mean {low}?")
+
+
+# the documentation -------------------------------------------------------------------------------
+
+
+def test_the_settings_of_the_documented_data_sets_are_keys() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|") and "_dir=" in line]
+    known = {key.name for kind in (ms.Config, ms.Use) for key in dataclasses.fields(kind)}
+    named = [re.findall(r"`(\w+)=[^`\s]+`", row) for row in rows]
+    assert len(rows) == 5 and {key for keys in named for key in keys} <= known
+    assert {len(keys) for keys in named} == {4}
