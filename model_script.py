@@ -54,6 +54,7 @@ from support import (
     checkpoints,
     commands,
     files,
+    journal,
     metrics,
     pictures,
     processes,
@@ -191,7 +192,7 @@ class Use:
     uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
-    overwrite: bool = knob(False, "enhance, folders: do again what is already done")
+    overwrite: bool = knob(False, "enhance, folders: do again all that is there")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", 1, 100)
     tile_size: int = knob(0, "side of a large picture's tiles, a multiple of 8; 0: auto", 0, 65536)
     memory_megabytes: int = knob(600, "memory for the work on one tile", 64, 1_000_000)
@@ -215,6 +216,7 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropo
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
+LOOK_KEYS = ("camera", "temperature", "samples", "uncertainty", "exposure", "reference", "quality")
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -1332,6 +1334,12 @@ class Loaded(NamedTuple):
             camera = cameras.camera_of(pixels, self.probe)
         return (self.infrared if camera == "infrared" else self.model), camera
 
+    def made_with(self, path: str) -> str:
+        """What names the weights, of the file `path`, and the settings that change a picture."""
+        facts = {key: getattr(self.use, key) for key in LOOK_KEYS}
+        facts |= {"reference file": journal.stamp(Path(self.use.reference))}
+        return journal.fingerprint(path, facts | {"amp": self.model.config.use_amp})
+
 
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:
     """A checkpoint's model, ready to evaluate and enhance, under the settings `given`."""
@@ -1666,7 +1674,8 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
             raise UserError(f"{source}: not enough memory; {hint}") from None
 
     if many:
-        return work_off(jobs, Path(arguments.output), work, loaded.use.overwrite)
+        folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
     if rank():  # one picture is one process's work
         return 0
     row = work(*jobs[0])

@@ -12,8 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from support import journal
 from support.decoding import SUFFIXES, VIDEO_SUFFIXES
 from support.files import write_csv
+from support.journal import Journal
 from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
@@ -112,31 +114,39 @@ def work_off(
     folder: Path,
     work: Callable[[Path, Path], dict[str, Any]],
     again: bool,
+    made_with: str = "",
 ) -> int:
     """Do every job that is not done, or every one `again`; 1 if any failed.
 
-    enhance.csv in `folder` has a row for each, also for those that an earlier run did.
+    Done is what the same input, weights and settings made; `made_with` stands for the last two, see
+    `journal.fingerprint`. enhance.csv in `folder` has a row for each, also for those that an
+    earlier run did.
     """
     empty = dict.fromkeys(ENHANCE_COLUMNS, "")
+    book = Journal(folder, made_with)
     # asked once, before anybody writes: the shares of several processes must come from one list
-    todo = broadcast([(source, target) for source, target in jobs if again or not target.exists()])
-    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them already done")
+    states = broadcast([journal.NEW if again else book.state(*job) for job in jobs])
+    pairs = list(zip(jobs, states, strict=True))
+    done = {job: state for job, state in pairs if state in (journal.DONE, journal.FOREIGN)}
+    todo = [job for job in jobs if job not in done]
+    counts = [f"{states.count(state)} {state}" for state in journal.STATES if state in states]
+    print(f"{len(jobs)} files: {', '.join(counts)}")
     rows: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
         for source, target in tqdm(shard(todo), desc="enhancing", unit="file", **progress_style()):
             try:
                 rows[str(source)] = work(source, target)
+                book.add(source, target)
             except UserError as error:
                 failed.append(" ".join(str(error).split()))
                 rows[str(source)] = empty | {"file": source, "note": f"failed: {failed[-1]}"}
         rows = {name: row for share in all_gather(rows) for name, row in share.items()}
         failed = [line for share in all_gather(failed) for line in share]
     finally:
-        done = set(jobs) - set(todo)
-        for source, target in done:
-            note = {"file": source, "output": target, "note": "made by an earlier run"}
-            rows[str(source)] = empty | note
+        for (source, target), state in done.items():
+            note = "made by an earlier run" if state == journal.DONE else "kept, made elsewhere"
+            rows[str(source)] = empty | {"file": source, "output": target, "note": note}
         order = [rows[str(source)] for source, _ in jobs if str(source) in rows]
         if order and rank() == 0:
             write_csv(folder / "enhance.csv", order)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import model_script as ms
-from support import commands
+from support import commands, journal
 
 SCRIPT = Path(ms.__file__).resolve()
 TINY = {
@@ -210,5 +210,6 @@ def assert_one_line_error(status: int, stderr: str, *words: str, expected: int =
 
 
 def files_under(folder: Path) -> set[str]:
-    """Every file and folder, hidden ones too, relative to `folder`."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    """Every file and folder, hidden ones too, relative to `folder`; but no journal of outputs."""
+    found = {path for path in folder.rglob("*") if path.name != journal.NAME}
+    return {str(path.relative_to(folder)) for path in found}

@@ -31,7 +31,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 import model_script as ms
-from support.checkpoints import save_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_image, read_picture
 from support.folders import ENHANCE_COLUMNS
 from support.pictures import (
@@ -576,10 +576,11 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     (out / "a.png").unlink()
     capsys.readouterr()
     assert enhance(checkpoint, album, out) == 0
-    assert "2 of them already done" in capsys.readouterr().out
+    assert "3 files: 1 new, 2 already done" in capsys.readouterr().out
     assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {
         "a.png",
         "enhance.csv",
+        ".enhance.jsonl",
     }
     again = rows_of(out)  # the rows of this run
     assert list(again) == list(first) and float(again["a.png"]["seconds"]) > 0
@@ -589,6 +590,45 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
     assert all(path.stat().st_mtime_ns != before[path] for path in before)
     assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
+
+
+@pytest.mark.parametrize("changed", ["weights", "settings", "input", "nothing", "foreign"])
+def test_what_is_done_hangs_on_input_weights_and_settings(
+    checkpoint: Path,
+    album: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: str,
+) -> None:
+    """Who compares two models must not compare one with itself."""
+    (album / "deep" / "broken.png").unlink()
+    out = tmp_path / "out"
+    assert enhance(checkpoint, album, out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.png")}
+    sets, expected = [], "3 files: 3 already done"
+    if changed == "weights":
+        content = load_checkpoint(str(checkpoint))
+        content["model"]["log_sigma"] += 1.0
+        checkpoint = tmp_path / "other.pth"
+        save_checkpoint(checkpoint, content)
+        expected = "3 files: 3 again, for other weights or settings"
+    elif changed == "settings":
+        sets, expected = ["exposure=1"], "3 files: 3 again, for other weights or settings"
+    elif changed == "input":
+        save_picture(album / "a.png", dark_picture(target_picture(9)))
+        expected = "3 files: 2 already done, 1 again, for a changed input"
+    elif changed == "foreign":
+        (out / ".enhance.jsonl").write_text('["b.jpg", 1')  # half a line of a killed run
+        expected = "3 files: 3 kept, as they were not made here"
+    capsys.readouterr()
+    assert enhance(checkpoint, album, out, *sets) == 0
+    assert expected in capsys.readouterr().out
+    kept = [path.read_bytes() == content for path, content in before.items()]
+    assert all(kept) == (changed in ("weights", "nothing", "foreign"))  # sigma moves no mean
+    capsys.readouterr()
+    assert enhance(checkpoint, album, out, *sets) == 0
+    again = "3 already done" if changed != "foreign" else "3 kept"
+    assert again in capsys.readouterr().out
 
 
 def test_pictures_of_a_killed_run_are_listed_by_the_next(

@@ -245,7 +245,7 @@ def test_a_folder_is_worked_off_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert seen == ["b", "c"]
     assert "failed: " in capsys.readouterr().err
     table = (tmp_path / "out" / "enhance.csv").read_text().splitlines()
-    assert len(table) == 4 and "made by an earlier run" in table[1] and "broken" in table[3]
+    assert len(table) == 4 and "kept, made elsewhere" in table[1] and "broken" in table[3]
     assert folders.work_off(jobs[:2], tmp_path / "out", work, again=True) == 0
     assert seen == ["b", "c", "a", "b"]
 

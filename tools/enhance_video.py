@@ -279,7 +279,8 @@ def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
         return enhance_clip(source, target, loaded, brightness)
 
     if means_many(arguments.input):
-        return work_off(jobs, Path(arguments.output), work, loaded.use.overwrite)
+        folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
     if rank():  # one clip is one process's work
         return 0
     row = work(*jobs[0])
