@@ -1,8 +1,8 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, model, losses, pictures for people,
-training, evaluation, enhancement, demo, command line. What it stands on (files, decoding, settings,
-processes, metrics) is in support/.
+One script, in the order of a paper: configuration, data, flow, model, losses, training, evaluation,
+enhancement, demo, command line. What it stands on (files, decoding, settings, processes, metrics,
+pictures for people) is in support/.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -44,7 +44,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -64,7 +64,7 @@ from support.curves import curves_in
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
-from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
+from support.pictures import resize, to_tensor, to_uint8, to_uint16, triptych, whole_thumbnail
 from support.plans import Draw, batch_plan, epoch_steps, source_plan
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
@@ -1444,32 +1444,6 @@ def decoder(
         return model.decode(condition, temperature * noise.to(low.device))
 
     return draw
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures for people: triptychs and contact sheets
-# --------------------------------------------------------------------------------------------------
-
-
-def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
-    """(3, H, W) images side by side under their labels; `scores` follows the second."""
-    height, width = images[0].shape[-2:]
-    shown = max(width, 200)  # captions need room
-    points = max(11, shown // 32)
-    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
-    scale = shown / width
-    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = place * (shown + 4)
-        picture = Image.fromarray(to_uint8(image))
-        if shown != width:
-            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left, bar))
-        text = f"{label}  {scores}" if place == 1 and scores else label
-        draw.text((left + 4, bar // 8), text, fill="black", font=font)
-    return canvas
 
 
 # --------------------------------------------------------------------------------------------------
