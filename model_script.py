@@ -55,6 +55,7 @@ from support import (
     commands,
     files,
     metrics,
+    notices,
     pictures,
     processes,
     settings,
@@ -1060,6 +1061,7 @@ class Trainer:
         """Train to the end, to max_minutes or to Ctrl-C; returns the exit status."""
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
         self._announce(log_dir)
+        notices.of_training(config, self.use, self.store, self.held_out)
         if rank() == 0:
             checkpoints.claim_folder(self.folder)
         first, total, style = self.step // self.steps_per_epoch, self.total_steps, progress_style()
@@ -1241,7 +1243,8 @@ class Trainer:
     # checkpoints ----------------------------------------------------------------------------------
 
     def _deployable(self) -> dict[str, Any]:
-        """What enhancement needs, and thumbnails to know the training pictures by."""
+        """What enhancement needs, and thumbnails to know the pictures by: all that the training
+        folder holds, and those that choose the best weights."""
         return {
             "run_id": self.run_id,
             "system": self.averaged.name(),
@@ -1249,6 +1252,7 @@ class Trainer:
             "model": self.averaged.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
             "training_thumbnails": torch.from_numpy(self.store.thumbnails),
+            "validation_thumbnails": torch.from_numpy(self.held_out.thumbnails[self.validation]),
         }
 
     def save(self, name: str) -> Path:
@@ -1546,7 +1550,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
     protocol = f"resized to {size[1]}x{size[0]}" if size else "native resolution"
-    print(f"evaluating {len(store)} pairs, {protocol}, on {loaded.runtime}")
+    print(f"evaluating {notices.counted(len(store), use)}, {protocol}, on {loaded.runtime}")
+    found = notices.of_evaluation(use, loaded.checkpoint, store, twins)
     with processes.atomic_folder(folder) as temporary:
         mine = []
         for scored in score_pairs(loaded, store, twins):
@@ -1560,6 +1565,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             files.write_csv(temporary / "metrics.csv", rows)
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
             facts |= {"use": dataclasses.asdict(use), "config": dataclasses.asdict(config)}
+            facts |= {"warnings": found}
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
             files.write_json(temporary / "summary.json", summary)
     if rank():
