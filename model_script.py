@@ -58,6 +58,7 @@ from support import (
     notices,
     pictures,
     processes,
+    resumes,
     settings,
     simulated,
 )
@@ -1029,6 +1030,9 @@ class Trainer:
             checkpoints.refuse_other_run(self.folder)
         room = use.cache_megabytes * 2**20
         self.store, self.training, self.held_out, self.validation = training_data(config, room)
+        if state is not None:
+            chosen_by = self.held_out.thumbnails[self.validation]
+            resumes.refuse_other_pictures(state, str(resume), self.store, chosen_by)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         model = system(config)
@@ -1060,6 +1064,10 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end, to max_minutes or to Ctrl-C; returns the exit status."""
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
+        if self.step >= self.total_steps:
+            done = f"{self.step // self.steps_per_epoch} epochs are trained"
+            print(f"nothing to do: {done}, num_epochs is {config.num_epochs}; raise it to go on")
+            return 0
         self._announce(log_dir)
         notices.of_training(config, self.use, self.store, self.held_out)
         if rank() == 0:
@@ -1302,6 +1310,7 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
         checkpoint = checkpoints.load_checkpoint(resume, system.name())
         kind, mine = system.config_class, here | given
         config = checkpoints.stored_config(checkpoint, resume, mine, kind, RETIRED_KEYS)
+        resumes.told_changes(checkpoint, resume, mine, kind, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
     return Trainer(config, use, system, resume).fit()
 
