@@ -62,14 +62,14 @@ from support import (
     settings,
     simulated,
 )
-from support.curves import curves_in
+from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16, triptych, whole_thumbnail
-from support.plans import Draw, batch_plan, epoch_steps, source_plan
+from support.plans import Draw, batch_plan, epoch_steps, source_plan, spread, unaltered
 from support.processes import progress_style, rank
-from support.runtime import Runtime, choose_runtime, compiled
+from support.runtime import Runtime, choose_runtime, commits, compiled, git_commit
 from support.scenes import training_twins
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
@@ -1046,6 +1046,7 @@ class Trainer:
         scaled = self.runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=scaled)
         self.step, self.minutes, self.best = 0, 0.0, -math.inf
+        self.nll: dict[str, float] = {}  # the latest: nll_every leaves it out of most steps
         self.run_id = processes.broadcast(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if state is not None:
             self._restore(state, str(resume))
@@ -1075,6 +1076,9 @@ class Trainer:
         first, total, style = self.step // self.steps_per_epoch, self.total_steps, progress_style()
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", **style)
         with processes.polite_signals() as interrupted, bar, curves_in(log_dir) as self.curves:
+            self.curves.text("commit", git_commit(), self.step)
+            if config.init_from and self.step == 0:
+                self._validate(0)  # the best weights are never worse than those of the start
             for epoch in range(first, config.num_epochs):
                 stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch
@@ -1114,6 +1118,8 @@ class Trainer:
             clock = torch.tensor([0.0 if rank() else seconds, float(bool(interrupted))])
             seconds, stop = processes.all_reduce(clock.to(self.runtime.device)).tolist()
             self.minutes += seconds / 60
+            self.nll = {"nll": terms["nll"]} if "nll" in terms else self.nll
+            terms = self.nll | terms
             if self.step % 20 == 0 or self.step % self.steps_per_epoch == 0:
                 scalars = {f"loss/{name}": value for name, value in terms.items()}
                 scalars |= {"loss/total": sum(terms.values()), "train/learning_rate": rate}
@@ -1186,7 +1192,8 @@ class Trainer:
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
         means, choice = metrics.validation_means(scores)
-        self.curves.scalars({f"validation/{k}": v for k, v in means.items()}, self.step)
+        values = means | (self._validation_losses() if rank() == 0 else {})
+        self.curves.scalars({f"validation/{k}": v for k, v in values.items()}, self.step)
         self.curves.validation(shown, latents, self.step)
         better = choice > self.best
         self.best = max(self.best, choice)
@@ -1198,6 +1205,15 @@ class Trainer:
         tqdm.write(f"epoch {epoch} ({self.minutes:.1f} min): {words}")
 
     # helpers --------------------------------------------------------------------------------------
+
+    def _validation_losses(self) -> dict[str, float]:
+        """The averaged weights' losses on four validation pairs, the same ones each time, sampled
+        as for training but without augmentation."""
+        samples = TrainingSamples(self.held_out, self.validation, unaltered(self.config))
+        chosen = [samples[0, place] for place in spread(len(self.validation), 4)]
+        self.averaged.begin_step(self._progress())  # at step 0, which computes every term
+        terms = self.runtime.losses_of(self.averaged, chosen, self.config.seed)
+        return {f"loss_{name}": value for name, value in terms.items()}
 
     def _plan(self, epoch: int) -> list[list[Draw]]:
         """The batches of an epoch."""
@@ -1259,6 +1275,8 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "model": self.averaged.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "commit": git_commit(),
             "training_thumbnails": torch.from_numpy(self.store.thumbnails),
             "validation_thumbnails": torch.from_numpy(self.held_out.thumbnails[self.validation]),
         }
@@ -1574,7 +1592,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             files.write_csv(temporary / "metrics.csv", rows)
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
             facts |= {"use": dataclasses.asdict(use), "config": dataclasses.asdict(config)}
-            facts |= {"warnings": found}
+            facts |= {"warnings": found, **commits(loaded.checkpoint)}
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
             files.write_json(temporary / "summary.json", summary)
     if rank():
@@ -1583,6 +1601,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     result |= {"num_test_samples": len(rows), "results_dir": str(folder)}
     files.write_json(Path(use.results_dir) / "evaluation_results.json", result)
     metrics.print_summary(summary)
+    evaluation_curves(loaded.checkpoint, summary, folder)
     print(f"{folder}: metrics.csv, summary.json, images/, overview.png (worst, median, best)")
     return 0
 

@@ -103,6 +103,7 @@ def pack(ordinary: str, infrared: str, probe: torch.Tensor) -> dict[str, Any]:
         "config": config,
         "model": half(parts[0]["model"]),
         "epoch": parts[0].get("epoch", 0),
+        "commit": str(parts[0].get("commit", "")),
         **looks,
         "cameras": {"infrared": half(parts[1]["model"]), "probe": probe},
     }
