@@ -1,8 +1,8 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, model, losses, pictures for people,
-training, evaluation, enhancement, demo, command line. What it stands on (files, decoding, settings,
-processes, metrics) is in support/.
+One script, in the order of a paper: configuration, data, flow, model, losses, training, evaluation,
+enhancement, demo, command line. What it stands on (files, decoding, settings, processes, metrics,
+pictures for people) is in support/.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -44,7 +44,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -56,19 +56,21 @@ from support import (
     files,
     journal,
     metrics,
+    notices,
     pictures,
     processes,
+    resumes,
     settings,
     simulated,
 )
-from support.curves import curves_in
+from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
-from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
-from support.plans import Draw, batch_plan, epoch_steps, source_plan
+from support.pictures import resize, to_tensor, to_uint8, to_uint16, triptych, whole_thumbnail
+from support.plans import Draw, batch_plan, epoch_steps, source_plan, spread, unaltered
 from support.processes import progress_style, rank
-from support.runtime import Runtime, choose_runtime, compiled
+from support.runtime import Runtime, choose_runtime, commits, compiled, git_commit
 from support.scenes import training_twins
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
@@ -1030,6 +1032,9 @@ class Trainer:
             checkpoints.refuse_other_run(self.folder)
         room = use.cache_megabytes * 2**20
         self.store, self.training, self.held_out, self.validation = training_data(config, room)
+        if state is not None:
+            chosen_by = self.held_out.thumbnails[self.validation]
+            resumes.refuse_other_pictures(state, str(resume), self.store, chosen_by)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         model = system(config)
@@ -1043,6 +1048,7 @@ class Trainer:
         scaled = self.runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=scaled)
         self.step, self.minutes, self.best = 0, 0.0, -math.inf
+        self.nll: dict[str, float] = {}  # the latest: nll_every leaves it out of most steps
         self.run_id = processes.broadcast(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if state is not None:
             self._restore(state, str(resume))
@@ -1061,12 +1067,20 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end, to max_minutes or to Ctrl-C; returns the exit status."""
         config, log_dir = self.config, Path(self.config.log_dir) / self.run_id
+        if self.step >= self.total_steps:
+            done = f"{self.step // self.steps_per_epoch} epochs are trained"
+            print(f"nothing to do: {done}, num_epochs is {config.num_epochs}; raise it to go on")
+            return 0
         self._announce(log_dir)
+        notices.of_training(config, self.use, self.store, self.held_out)
         if rank() == 0:
             checkpoints.claim_folder(self.folder)
         first, total, style = self.step // self.steps_per_epoch, self.total_steps, progress_style()
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", **style)
         with processes.polite_signals() as interrupted, bar, curves_in(log_dir) as self.curves:
+            self.curves.text("commit", git_commit(), self.step)
+            if config.init_from and self.step == 0:
+                self._validate(0)  # the best weights are never worse than those of the start
             for epoch in range(first, config.num_epochs):
                 stop = self._train_epoch(epoch, bar, interrupted)
                 whole = self.step == (epoch + 1) * self.steps_per_epoch
@@ -1106,6 +1120,8 @@ class Trainer:
             clock = torch.tensor([0.0 if rank() else seconds, float(bool(interrupted))])
             seconds, stop = processes.all_reduce(clock.to(self.runtime.device)).tolist()
             self.minutes += seconds / 60
+            self.nll = {"nll": terms["nll"]} if "nll" in terms else self.nll
+            terms = self.nll | terms
             if self.step % 20 == 0 or self.step % self.steps_per_epoch == 0:
                 scalars = {f"loss/{name}": value for name, value in terms.items()}
                 scalars |= {"loss/total": sum(terms.values()), "train/learning_rate": rate}
@@ -1178,7 +1194,8 @@ class Trainer:
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
         means, choice = metrics.validation_means(scores)
-        self.curves.scalars({f"validation/{k}": v for k, v in means.items()}, self.step)
+        values = means | (self._validation_losses() if rank() == 0 else {})
+        self.curves.scalars({f"validation/{k}": v for k, v in values.items()}, self.step)
         self.curves.validation(shown, latents, self.step)
         better = choice > self.best
         self.best = max(self.best, choice)
@@ -1190,6 +1207,15 @@ class Trainer:
         tqdm.write(f"epoch {epoch} ({self.minutes:.1f} min): {words}")
 
     # helpers --------------------------------------------------------------------------------------
+
+    def _validation_losses(self) -> dict[str, float]:
+        """The averaged weights' losses on four validation pairs, the same ones each time, sampled
+        as for training but without augmentation."""
+        samples = TrainingSamples(self.held_out, self.validation, unaltered(self.config))
+        chosen = [samples[0, place] for place in spread(len(self.validation), 4)]
+        self.averaged.begin_step(self._progress())  # at step 0, which computes every term
+        terms = self.runtime.losses_of(self.averaged, chosen, self.config.seed)
+        return {f"loss_{name}": value for name, value in terms.items()}
 
     def _plan(self, epoch: int) -> list[list[Draw]]:
         """The batches of an epoch."""
@@ -1243,14 +1269,18 @@ class Trainer:
     # checkpoints ----------------------------------------------------------------------------------
 
     def _deployable(self) -> dict[str, Any]:
-        """What enhancement needs, and thumbnails to know the training pictures by."""
+        """What enhancement needs, and thumbnails to know the pictures by: all that the training
+        folder holds, and those that choose the best weights."""
         return {
             "run_id": self.run_id,
             "system": self.averaged.name(),
             "config": dataclasses.asdict(self.config),
             "model": self.averaged.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "commit": git_commit(),
             "training_thumbnails": torch.from_numpy(self.store.thumbnails),
+            "validation_thumbnails": torch.from_numpy(self.held_out.thumbnails[self.validation]),
         }
 
     def save(self, name: str) -> Path:
@@ -1300,6 +1330,7 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
         checkpoint = checkpoints.load_checkpoint(resume, system.name())
         kind, mine = system.config_class, here | given
         config = checkpoints.stored_config(checkpoint, resume, mine, kind, RETIRED_KEYS)
+        resumes.told_changes(checkpoint, resume, mine, kind, RETIRED_KEYS)
     use = settings.build(Use, given, "settings")
     return Trainer(config, use, system, resume).fit()
 
@@ -1455,32 +1486,6 @@ def decoder(
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures for people: triptychs and contact sheets
-# --------------------------------------------------------------------------------------------------
-
-
-def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
-    """(3, H, W) images side by side under their labels; `scores` follows the second."""
-    height, width = images[0].shape[-2:]
-    shown = max(width, 200)  # captions need room
-    points = max(11, shown // 32)
-    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
-    scale = shown / width
-    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = place * (shown + 4)
-        picture = Image.fromarray(to_uint8(image))
-        if shown != width:
-            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left, bar))
-        text = f"{label}  {scores}" if place == 1 and scores else label
-        draw.text((left + 4, bar // 8), text, fill="black", font=font)
-    return canvas
-
-
-# --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 
@@ -1580,7 +1585,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
     protocol = f"resized to {size[1]}x{size[0]}" if size else "native resolution"
-    print(f"evaluating {len(store)} pairs, {protocol}, on {loaded.runtime}")
+    print(f"evaluating {notices.counted(len(store), use)}, {protocol}, on {loaded.runtime}")
+    found = notices.of_evaluation(use, loaded.checkpoint, store, twins)
     with processes.atomic_folder(folder) as temporary:
         mine = []
         for scored in score_pairs(loaded, store, twins):
@@ -1594,6 +1600,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             files.write_csv(temporary / "metrics.csv", rows)
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
             facts |= {"use": dataclasses.asdict(use), "config": dataclasses.asdict(config)}
+            facts |= {"warnings": found, **commits(loaded.checkpoint)}
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
             files.write_json(temporary / "summary.json", summary)
     if rank():
@@ -1602,6 +1609,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     result |= {"num_test_samples": len(rows), "results_dir": str(folder)}
     files.write_json(Path(use.results_dir) / "evaluation_results.json", result)
     metrics.print_summary(summary)
+    evaluation_curves(loaded.checkpoint, summary, folder)
     print(f"{folder}: metrics.csv, summary.json, images/, overview.png (worst, median, best)")
     return 0
 

@@ -89,7 +89,9 @@ def pack(ordinary: str, infrared: str, probe: torch.Tensor) -> dict[str, Any]:
     shapes = [{k: v.shape for k, v in part["model"].items()} for part in parts]
     if shapes[0] != shapes[1]:
         raise UserError(f"{infrared}: is of another architecture than {ordinary}")
-    thumbnails = torch.cat([part["training_thumbnails"] for part in parts])
+    looks = {"training_thumbnails": torch.cat([part["training_thumbnails"] for part in parts])}
+    chose = [part["validation_thumbnails"] for part in parts if "validation_thumbnails" in part]
+    looks |= {"validation_thumbnails": torch.cat(chose)} if chose else {}  # old ones lack them
     # where the data lay is of no use elsewhere
     stored = {k: v for k, v in parts[0]["config"].items() if k not in RETIRED_KEYS}
     config = stored | {"sources": [], "init_from": ""}
@@ -101,7 +103,8 @@ def pack(ordinary: str, infrared: str, probe: torch.Tensor) -> dict[str, Any]:
         "config": config,
         "model": half(parts[0]["model"]),
         "epoch": parts[0].get("epoch", 0),
-        "training_thumbnails": thumbnails,
+        "commit": str(parts[0].get("commit", "")),
+        **looks,
         "cameras": {"infrared": half(parts[1]["model"]), "probe": probe},
     }
 

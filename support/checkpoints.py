@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from support.cameras import check_probe
+from support.curves import is_run_name
 from support.files import atomic_path, make_folder, write_bytes
 from support.processes import restarted
-from support.settings import UserError, build, is_text, read_settings, shown
+from support.settings import UserError, build, read_settings, shown
 
 FORMAT_VERSION = 1
 # all that the pickle of a checkpoint may name; among the further names that PyTorch trusts some
@@ -268,9 +269,7 @@ def check_training_state(
     """Raises ValueError for what no training could have written."""
     if step < 0 or not 0 <= minutes < float("inf") or best != best:
         raise ValueError
-    # the run's name becomes a folder
-    whole = is_text(run_id) and run_id and Path(run_id).name == run_id
-    if not whole or run_id.startswith("."):
+    if not is_run_name(run_id):
         raise ValueError
     if isinstance(optimizer, torch.optim.Adam):  # another may keep what it likes
         for parameter, values in optimizer.state.items():

@@ -172,11 +172,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def evaluation_summary(
     rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of summary.json: of all pairs, of those without a twin in training, and
-    `facts`."""
+    """The content of summary.json: of all pairs, of those without a twin in training where some
+    have one, and `facts`."""
     means = summarise(rows)
     alone = [row for row in rows if row["twin_in_training"] is False]
-    without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
+    apart = alone and any(row["twin_in_training"] for row in rows)
+    without = {"num_images": len(alone), "metrics": summarise(alone)} if apart else None
     return {
         "num_images": len(rows),
         "psnr": means["psnr"]["mean"],

@@ -112,10 +112,12 @@ class PairStore:
 
     Every file is decoded once at construction, so that a bad one is reported before the first step.
     `thumbnails` holds each target at 16x16 (N, 16, 16, 3) uint8; scenes and twins are told by them.
+    `brighter` says of each pair whether low is brighter than its target.
     """
 
     def __init__(self, pairs: Sequence[Pair], room: int, skip_bad: bool = False) -> None:
         self.pairs: list[Pair] = []
+        self.brighter: list[bool] = []
         self.room = room
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         thumbnails = []
@@ -129,6 +131,7 @@ class PairStore:
                 tqdm.write(f"left out: {error}")
                 continue
             self.pairs.append(pair)
+            self.brighter.append(bool(low.mean() > high.mean()))
             thumbnail = Image.fromarray(high).resize((16, 16), Image.Resampling.BOX)
             thumbnails.append(np.asarray(thumbnail))
             if low.nbytes + high.nbytes <= self.room:

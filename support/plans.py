@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -61,3 +62,16 @@ def source_plan(
         [Draw(epoch, drawn[i][0], all_of_it, drawn[i][1]) for i in itertools.islice(order, size)]
         for size, all_of_it in zip(sizes.tolist(), whole.tolist(), strict=True)
     ]
+
+
+def unaltered(config: Any) -> Any:
+    """`config` without augmentation, so that a pair always gives one sample."""
+    still = dict(flips=False, exposure_gain=0.0, channel_gain=0.0, window_min=1.0)
+    return dataclasses.replace(
+        config, **still, identity_share=0.0, paste_share=0.0, mixup_share=0.0
+    )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of the places 0 to `count` - 1, from the first to the last."""
+    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist()

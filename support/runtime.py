@@ -1,14 +1,19 @@
-"""Runtime: where to compute and how precisely."""
+"""Runtime: where to compute, how precisely, and by which commit of the code."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import subprocess
 import sys
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from support.settings import UserError
 
@@ -34,6 +39,19 @@ class Runtime(NamedTuple):
     def batch(self, sample: Batch) -> Batch:
         """A named tuple of tensors on the device."""
         return type(sample)(*(part.to(self.device, non_blocking=True) for part in sample))
+
+    @torch.no_grad()
+    def losses_of(self, model: Any, samples: Sequence[Any], seed: int) -> dict[str, float]:
+        """The terms of `model.losses` on one batch of `samples`, and their sum, total.
+
+        What it draws at random follows from `seed`; what others draw afterwards stays the same.
+        """
+        batch = self.batch(default_collate(list(samples)))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.autocast():
+            torch.manual_seed(seed)
+            terms = {name: float(term) for name, term in model.losses(batch).items()}
+        return terms | {"total": sum(terms.values())}
 
     def __str__(self) -> str:
         threads = f"{torch.get_num_threads()} threads"
@@ -73,3 +91,24 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
         lacking = f"{cpp_compiler()} is not here; install it or use --set compile=false"
         raise UserError(f"compile: needs a C++ compiler, and {lacking}")
     return cast(nn.Module, torch.compile(module, options={"fallback_random": True}))
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit that is checked out here; empty without git, or where this is no repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # git itself would take a repository further up
+        return ""
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commits(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """The commits of the code that runs and of the code that made a checkpoint; empty: unknown."""
+    made = checkpoint.get("commit")
+    known = isinstance(made, str) and len(made) <= 64
+    return {"commit": git_commit(), "checkpoint_commit": str(made) if known else ""}

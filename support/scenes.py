@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,16 +55,25 @@ def find_twins(thumbnails: np.ndarray, others: np.ndarray, tolerance: float = 2.
     return np.array([np.abs(known - one).mean((1, 2, 3)).min() <= tolerance for one in thumbnails])
 
 
-def training_twins(thumbnails: np.ndarray, checkpoint: dict[str, Any]) -> list[bool | None]:
-    """For each target whether it is among the checkpoint's training pictures; None where that
-    is not known."""
-    past = checkpoint.get("training_thumbnails")
+def known_thumbnails(checkpoint: Mapping[str, Any], key: str) -> np.ndarray | None:
+    """The (N, 16, 16, 3) uint8 thumbnails that a checkpoint holds under `key`; None for none, and
+    for what is no such thing."""
+    past = checkpoint.get(key)
     if (
         not isinstance(past, Tensor)
         or past.dtype != torch.uint8
         or past.shape[1:] != (16, 16, 3)
         or not past.is_contiguous()
     ):
+        return None
+    return past.numpy()
+
+
+def training_twins(thumbnails: np.ndarray, checkpoint: dict[str, Any]) -> list[bool | None]:
+    """For each target whether it is among the checkpoint's training pictures; None where that
+    is not known."""
+    past = known_thumbnails(checkpoint, "training_thumbnails")
+    if past is None:
         print("twins: the checkpoint does not say what it was trained on; no pair is flagged")
         return [None] * len(thumbnails)
-    return [bool(twin) for twin in find_twins(thumbnails, past.numpy())]
+    return [bool(twin) for twin in find_twins(thumbnails, past)]

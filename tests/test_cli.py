@@ -187,7 +187,8 @@ def test_summary_agrees_with_the_table(workshop: Workshop) -> None:
             "seconds_per_image",
             "checkpoint",
         ),
-        *("checkpoint_sha256", "use", "device", "versions", "config"),
+        *("checkpoint_sha256", "use", "device", "versions", "config", "warnings"),
+        *("commit", "checkpoint_commit"),
     }
     rows = workshop.rows()
     assert summary["num_images"] == len(rows) == 3

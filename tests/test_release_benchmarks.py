@@ -88,6 +88,7 @@ def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
         looks = torch.full((seed, 16, 16, 3), seed, dtype=torch.uint8)
         content = {"config": dataclasses.asdict(config), "model": networks[name].state_dict()}
         content |= {"run_id": "r", "training_thumbnails": looks}
+        content |= {"validation_thumbnails": looks[:1]} if name == "infrared" else {}
         paths[name] = tmp_path / f"{name}.pth"
         save_checkpoint(paths[name], content)
     probe = torch.zeros(5, STATISTICS)
@@ -96,6 +97,7 @@ def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "released.pth", packed)
     loaded = ms.load_model(str(tmp_path / "released.pth"), {"device": "cpu"}, ms.ConditionalFlow)
     assert len(loaded.checkpoint["training_thumbnails"]) == 3
+    assert len(loaded.checkpoint["validation_thumbnails"]) == 1
     assert "here" not in str(loaded.checkpoint["config"])
     low = torch.rand(1, 3, 32, 48)
     with torch.no_grad():

@@ -69,12 +69,14 @@ def state(path: Path) -> dict[str, Any]:
 
 
 def model_that(act: Any) -> type[ms.System]:
-    """The model, but `act(call, terms)` sees the losses of each call, counted from 1, and returns
-    them."""
+    """The model, but `act(call, terms)` sees the losses of each call in training, counted from 1,
+    and returns them."""
     calls = [0]
 
     class Acting(ms.ConditionalFlow):
         def losses(self, batch: ms.Sample) -> dict[str, Tensor]:
+            if not self.training:  # of validation
+                return super().losses(batch)
             calls[0] += 1
             return act(calls[0], super().losses(batch), self)
 
@@ -288,6 +290,39 @@ def test_init_from_starts_from_the_weights(straight: Path, data: Path, tmp_path:
         torch.allclose(started[name], value, atol=1e-6) for name, value in after["model"].items()
     )
     assert after["training"]["step"] == STEPS
+
+
+def test_the_start_is_the_first_candidate_for_the_best_weights(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training whose scores only fall leaves the weights that it started from."""
+    falling = iter([{"psnr": 20.0}, {"psnr": 10.0}])
+    monkeypatch.setattr(
+        ms.metrics, "validation_means", lambda scores: ((row := next(falling)), row["psnr"])
+    )
+    source = straight / "ckpt" / "best_model.pth"
+    assert main_with("train", settings_in(data, tmp_path, init_from=str(source), num_epochs=1)) == 0
+    best = content(tmp_path / "ckpt" / "best_model.pth")
+    last = content(tmp_path / "ckpt" / "checkpoint_epoch_1.pth")
+    assert not differing(best["model"], content(source)["model"])
+    assert best["epoch"] == best["step"] == 0 and last["step"] == STEPS
+    assert best["validation"]["psnr"] == last["training"]["best"]
+    (folder,) = (tmp_path / "logs").iterdir()
+    points = events_in(folder).Scalars("validation/psnr")
+    assert [point.step for point in points] == [0, STEPS]
+    assert [point.value for point in points] == [20, 10]
+
+
+def test_a_resumed_run_is_not_validated_at_its_start(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    source = straight / "ckpt" / "best_model.pth"
+    settings = settings_in(data, tmp_path, init_from=str(source), num_epochs=1)
+    assert main_with("train", settings) == 0
+    assert main_with("train", settings | {"num_epochs": 2}, "--resume", tmp_path / "ckpt") == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    steps = [point.step for point in events_in(folder).Scalars("validation/psnr")]
+    assert steps == [0, STEPS, 2 * STEPS]
 
 
 # schedule and averaging ---------------------------------------------------------------------------
@@ -623,18 +658,23 @@ def test_max_minutes_ends_the_run_with_usable_weights(data: Path, tmp_path: Path
 # logs ---------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_holds_the_whole_story(straight: Path) -> None:
+def events_in(folder: Path) -> Any:
+    """All that TensorBoard finds in a run's folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    everything = {"images": 0, "scalars": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+
+def test_tensorboard_holds_the_whole_story(straight: Path) -> None:
     (folder,) = (straight / "logs").iterdir()
-    events = EventAccumulator(
-        str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
-    )
-    events.Reload()
+    events = events_in(folder)
     tags = events.Tags()
     losses = {f"loss/{name}" for name in ("nll", "l1", "ssim", "colour", "total")}
     rates = {f"train/{name}" for name in ("learning_rate", "gradient_norm", "images_per_second")}
-    scores = {f"validation/{name}" for name in ("psnr", "ssim", "bits_per_dim")}
+    names = ("psnr", "ssim", "bits_per_dim", "ciede2000", "colourfulness_ratio", "psnr_gt_mean")
+    scores = {f"validation/{name}" for name in names}
+    scores |= {tag.replace("loss/", "validation/loss_") for tag in losses}
     assert losses | rates | scores <= set(tags["scalars"])
     assert "validation/low_enhanced_high_0" in tags["images"]
     assert "validation/standardised_latent" in tags["histograms"]
@@ -656,6 +696,42 @@ def test_tensorboard_holds_the_whole_story(straight: Path) -> None:
     )
     picture = events.Images("validation/low_enhanced_high_0")[-1]
     assert (picture.width, picture.height) == (3 * 32, 32)
+
+
+@pytest.mark.parametrize("nll_every", [2, 20])
+def test_the_likelihood_is_logged_although_it_is_computed_now_and_then(
+    data: Path, tmp_path: Path, nll_every: int
+) -> None:
+    """Steps are logged after they were counted, so none of the logged ones computes it."""
+    assert main_with("train", settings_in(data, tmp_path, num_epochs=6, nll_every=nll_every)) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = events_in(folder)
+    likelihood = events.Scalars("loss/nll")
+    assert [point.step for point in likelihood] == [STEPS * epoch for epoch in range(1, 7)]
+    # of 24 steps the first, and with 20 the twenty-first, computed it
+    values = [point.value for point in likelihood]
+    assert len(set(values)) == (2 if nll_every == 20 else 6)
+    totals = [point.value for point in events.Scalars("loss/total")]
+    parts = [[p.value for p in events.Scalars(f"loss/{n}")] for n in ("nll", "l1", "ssim")]
+    colour = [point.value for point in events.Scalars("loss/colour")]
+    sums = [sum(terms) for terms in zip(*parts, colour, strict=True)]
+    assert totals == pytest.approx(sums, rel=1e-4)
+
+
+def test_validation_losses_are_of_the_same_samples_and_disturb_nothing(
+    data: Path, tmp_path: Path
+) -> None:
+    given = settings_in(data, tmp_path, nll_every=2, global_dropout=0.5)
+    config, use = (build(kind, given, "here") for kind in (ms.Config, ms.Use))
+    trainer = ms.Trainer(config, use, ms.ConditionalFlow)
+    trainer.averaged.eval()
+    trainer.step = 1
+    before, modes = torch.get_rng_state(), trainer.model.training
+    first, again = trainer._validation_losses(), trainer._validation_losses()
+    assert torch.equal(before, torch.get_rng_state()) and trainer.model.training == modes
+    assert first == again
+    assert list(first) == [f"loss_{name}" for name in ("nll", "l1", "ssim", "colour", "total")]
+    assert not any(value.requires_grad and value.grad for value in trainer.averaged.parameters())
 
 
 # settings that must, or must not, change the result -----------------------------------------------
@@ -787,8 +863,9 @@ class Gamma(ms.System):
         return 0.01 if progress < 0.5 else 0.001
 
     def begin_step(self, progress: float, step: int = 0) -> None:
-        assert step == len(self.seen)
-        self.seen.append(progress)
+        if self.training:  # validation asks, too
+            assert step == len(self.seen)
+            self.seen.append(progress)
         self.exponent.requires_grad_(progress < 0.5)
         self.gain.requires_grad_(progress >= 0.5)
 
