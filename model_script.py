@@ -1,8 +1,8 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, model, losses, pictures for people,
-training, evaluation, enhancement, demo, command line. What it stands on (files, decoding, settings,
-processes, metrics) is in support/.
+One script, in the order of a paper: configuration, data, flow, model, losses, training, evaluation,
+enhancement, demo, command line. What it stands on (files, decoding, pictures, settings, processes,
+metrics) is in support/.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -44,7 +44,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -1447,32 +1447,6 @@ def decoder(
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures for people: triptychs and contact sheets
-# --------------------------------------------------------------------------------------------------
-
-
-def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
-    """(3, H, W) images side by side under their labels; `scores` follows the second."""
-    height, width = images[0].shape[-2:]
-    shown = max(width, 200)  # captions need room
-    points = max(11, shown // 32)
-    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
-    scale = shown / width
-    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = place * (shown + 4)
-        picture = Image.fromarray(to_uint8(image))
-        if shown != width:
-            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left, bar))
-        text = f"{label}  {scores}" if place == 1 and scores else label
-        draw.text((left + 4, bar // 8), text, fill="black", font=font)
-    return canvas
-
-
-# --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 
@@ -1558,7 +1532,7 @@ def write_scored(scored: Scored, folder: Path) -> None:
     for suffix, image in files_of.items():
         pictures.write_image(folder / f"{name}{suffix}.png", image)
     scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
-    strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
+    strip = pictures.triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
     pictures.write_image(folder / f"{name}_viz.png", strip)
 
 

@@ -42,7 +42,7 @@ from support import settings  # noqa: E402
 from support.checkpoints import load_checkpoint, newest_checkpoint  # noqa: E402
 from support.files import atomic_path, results_folder, write_csv  # noqa: E402
 from support.pairs import evaluation_pairs  # noqa: E402
-from support.pictures import write_image  # noqa: E402
+from support.pictures import triptych, write_image  # noqa: E402
 from support.runtime import choose_runtime  # noqa: E402
 from support.scenes import training_twins  # noqa: E402
 from support.settings import OneLineParser, UserError, complain  # noqa: E402
@@ -281,7 +281,7 @@ def compare(task: Task) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]
     for name in high:
-        strip = ms.triptych(
+        strip = triptych(
             [low[name], *(pictures[name] for pictures in shown.values()), high[name]],
             ["input", *shown, "target"],
         )

@@ -36,7 +36,7 @@ import model_script as ms
 from baselines import system_class
 from support.files import results_folder, write_csv
 from support.metrics import image_metrics, psnr_of
-from support.pictures import resize, to_tensor, write_image
+from support.pictures import resize, to_tensor, triptych, write_image
 from support.settings import UserError, complain
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -113,9 +113,7 @@ def measure(task: Task) -> None:
             row, pictures = findings(model, low, high)
             rows.append(row)
             if index % 10 == 0:
-                strip = ms.triptych(
-                    pictures, ["input", "reflectance", "relit", "enhanced", "target"]
-                )
+                strip = triptych(pictures, ["input", "reflectance", "relit", "enhanced", "target"])
                 write_image(folder / f"{plain}_{store.pairs[index].low.stem}.png", strip)
         table.append(
             {"variant": name}

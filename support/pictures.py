@@ -1,4 +1,4 @@
-"""Pictures: between arrays, tensors and files; exposure; the view of an uncertainty."""
+"""Pictures: between arrays, tensors and files; exposure; strips and views for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from support.decoding import Picture
@@ -186,6 +186,27 @@ def write_deviation(target: Path, deviation: np.ndarray) -> None:
     write_bytes(path, encode_png16(levels, Picture(levels)))
     view = Image.fromarray(heat_map(deviation))
     write_image(target.with_name(f"{target.stem}_uncertainty_view.png"), view)
+
+
+def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
+    """(3, H, W) images side by side under their labels; `scores` follows the second."""
+    height, width = images[0].shape[-2:]
+    shown = max(width, 200)  # captions need room
+    points = max(11, shown // 32)
+    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
+    scale = shown / width
+    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = place * (shown + 4)
+        picture = Image.fromarray(to_uint8(image))
+        if shown != width:
+            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
+        canvas.paste(picture, (left, bar))
+        text = f"{label}  {scores}" if place == 1 and scores else label
+        draw.text((left + 4, bar // 8), text, fill="black", font=font)
+    return canvas
 
 
 def contact_sheet(rows: Sequence[Image.Image], width: int = 1200) -> Image.Image:
