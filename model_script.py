@@ -44,7 +44,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -69,6 +68,7 @@ from support.plans import Draw, batch_plan, epoch_steps, source_plan
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
 from support.scenes import training_twins
+from support.scored import Scored, overview, write_scored
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
 
@@ -1451,18 +1451,6 @@ def decoder(
 # --------------------------------------------------------------------------------------------------
 
 
-class Scored(NamedTuple):
-    """One scored pair: pictures (3, H, W) in [0, 1] on the CPU, of which `enhanced` has the 8-bit
-    levels of the file that a user would get; its scores; what else the model shows."""
-
-    low: Tensor
-    enhanced: Tensor
-    high: Tensor
-    row: dict[str, Any]
-    extra: dict[str, Tensor]
-    latent: Tensor | None
-
-
 @torch.no_grad()
 def score_pair(
     model: System,
@@ -1514,26 +1502,6 @@ def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) 
             row["lpips_gt_mean"] = lpips_of(metrics.match_mean(ours, target), target)
         row |= {"twin_in_training": twins[index], "seconds": seconds}
         yield scored._replace(row=row)
-
-
-def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
-    """The triptychs in `images` of the two worst, median and best pictures."""
-    order = np.argsort([row["psnr"] for row in rows])
-    middle = len(order) // 2
-    chosen = dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]])
-    names = [Path(rows[i]["filename"]).stem for i in chosen]
-    return pictures.contact_sheet([Image.open(images / f"{name}_viz.png") for name in names])
-
-
-def write_scored(scored: Scored, folder: Path) -> None:
-    """The enhanced picture, what else the model shows, and the triptych."""
-    row, name = scored.row, Path(scored.row["filename"]).stem
-    files_of = {"": scored.enhanced, **{f"_{key}": image for key, image in scored.extra.items()}}
-    for suffix, image in files_of.items():
-        pictures.write_image(folder / f"{name}{suffix}.png", image)
-    scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
-    strip = pictures.triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
-    pictures.write_image(folder / f"{name}_viz.png", strip)
 
 
 def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
