@@ -165,6 +165,7 @@ MUTANTS = [
         "rng = np.random.default_rng((config.seed, epoch))",
         "rng = np.random.default_rng()",
         TRAINING,
+        "support/plans.py",
     ),
     Mutant("torch.manual_seed(self.config.seed * 1_000_003 + self.step)", "torch.seed()", TRAINING),
     Mutant("self._plan(epoch)[self.step % self.steps_per_epoch :]", "self._plan(epoch)", TRAINING),
