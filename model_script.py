@@ -63,12 +63,12 @@ from support.curves import curves_in
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
 from support.pairs import PairStore, evaluation_pairs, training_data
-from support.pictures import resize, to_tensor, to_uint8, to_uint16, whole_thumbnail
+from support.pictures import resize, resize_pixels, to_tensor, to_uint16, whole_thumbnail
 from support.plans import Draw, batch_plan, epoch_steps, source_plan
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, compiled
 from support.scenes import training_twins
-from support.scored import Scored, overview, write_scored
+from support.scored import Scored, overview, score_levels, write_scored
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
 
@@ -182,7 +182,7 @@ class Use:
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
-    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets")
+    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
     scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
@@ -1171,8 +1171,7 @@ class Trainer:
                 raise RunError(f"{problem}; {self._way_back()}") from None
             scores.append((self.held_out.pairs[index].source, scored.row))
             if len(shown) < 4:
-                images = [scored.low, scored.enhanced, scored.high, *scored.extra.values()]
-                shown.append(torch.cat(images, dim=-1))
+                shown.append(torch.cat([*scored.strip, *scored.extra.values()], dim=-1))
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
         means, choice = metrics.validation_means(scores)
@@ -1455,31 +1454,30 @@ def decoder(
 def score_pair(
     model: System,
     low: np.ndarray,
-    high: np.ndarray,
+    high: np.ndarray | None,
     size: Sequence[int] | None,
     use: Use,
     runtime: Runtime,
     index: int = 0,
 ) -> Scored:
-    """Enhance `low` as --mode enhance does and compare with `high`, both (H, W, 3) uint8, resized
-    to `size` (height, width) first where that is given. `index` seeds the dequantisation noise."""
-    if size and low.shape[:2] != tuple(size):
-        low, high = (to_uint8(resize(to_tensor(image)[None], size)[0]) for image in (low, high))
+    """Enhance `low` as --mode enhance does and compare with `high`, where there is one; both
+    (H, W, 3) uint8, resized to `size` (height, width) first where that is given. `index` seeds the
+    dequantisation noise."""
+    low, high = resize_pixels(low, size), None if high is None else resize_pixels(high, size)
     started = time.perf_counter()
     plain = dataclasses.replace(use, samples=0, uncertainty=False)
     found = enhance_pixels(model, low, plain, runtime)
     seconds = time.perf_counter() - started
-    levels = pictures.level_table(0.0, deep=False)[found.best]
-    row: dict[str, Any] = metrics.image_metrics(levels / 255.0, high / 255.0)
-    inputs = [to_tensor(image)[None].to(runtime.device) for image in (low, high)]
+    scored = score_levels(low, pictures.level_table(0.0, deep=False)[found.best], high)
+    given, bits = scored.low[None].to(runtime.device), None
     torch.manual_seed(model.config.seed + index)
-    with runtime.autocast():
-        bits = model.bits_per_dim(inputs[1], inputs[0])
-    row |= {"bits_per_dim": float(bits[0])} if bits else {}
+    if scored.high is not None:
+        with runtime.autocast():
+            bits = model.bits_per_dim(scored.high[None].to(runtime.device), given)
+    row = scored.row | ({"bits_per_dim": float(bits[0])} if bits else {}) | {"seconds": seconds}
     latent = bits[1].flatten().float().cpu() if bits else None
-    extra = {name: image[0].float().cpu() for name, image in model.pictures(inputs[0]).items()}
-    row |= {"seconds": seconds}
-    return Scored(inputs[0][0].cpu(), to_tensor(levels), inputs[1][0].cpu(), row, extra, latent)
+    extra = {name: image[0].float().cpu() for name, image in model.pictures(given).items()}
+    return scored._replace(row=row, extra=extra, latent=latent)
 
 
 def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) -> Iterator[Scored]:
@@ -1488,20 +1486,21 @@ def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) 
     size = use.size_to_score(loaded.model.config)
     indices = processes.shard(range(len(store)))
     for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
-        low, high = store[index]
+        pair, (low, high) = store.pairs[index], store[index]
+        target = high if pair.has_target else None
         model, camera = loaded.choose(low)
-        scored = score_pair(model, low, high, size, use, loaded.runtime, index)
-        row = {"filename": store.pairs[index].low.name, **scored.row}
+        scored = score_pair(model, low, target, size, use, loaded.runtime, index)
+        row = {"filename": pair.low.name, **scored.row}
         seconds = row.pop("seconds")
         row |= {"camera": camera} if camera else {}
-        if lpips_of:
+        if lpips_of and scored.high is not None:
             ours, target = (
                 image.permute(1, 2, 0).double().numpy() for image in (scored.enhanced, scored.high)
             )
             row["lpips"] = lpips_of(ours, target)
             row["lpips_gt_mean"] = lpips_of(metrics.match_mean(ours, target), target)
-        row |= {"twin_in_training": twins[index], "seconds": seconds}
-        yield scored._replace(row=row)
+        row |= {"twin_in_training": twins[index]} if pair.has_target else {}
+        yield scored._replace(row=row | {"seconds": seconds})
 
 
 def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
@@ -1509,12 +1508,15 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     use, config = loaded.use, loaded.model.config
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    store = PairStore(evaluation_pairs(use), room, skip)
-    twins = training_twins(store.thumbnails, loaded.checkpoint)
+    store = PairStore(evaluation_pairs(use, need_targets=False), room, skip)
+    twins: Sequence[bool | None] = [None] * len(store)
+    if use.eval_high_dir:
+        twins = training_twins(store.thumbnails, loaded.checkpoint)
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
     protocol = f"resized to {size[1]}x{size[0]}" if size else "native resolution"
-    print(f"evaluating {len(store)} pairs, {protocol}, on {loaded.runtime}")
+    kind = "pairs" if use.eval_high_dir else "pictures without targets"
+    print(f"evaluating {len(store)} {kind}, {protocol}, on {loaded.runtime}")
     with processes.atomic_folder(folder) as temporary:
         mine = []
         for scored in score_pairs(loaded, store, twins):
@@ -1532,7 +1534,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             files.write_json(temporary / "summary.json", summary)
     if rank():
         return 0
-    result = {key: summary[key] for key in ("psnr", "ssim", "checkpoint")}
+    brief = ("psnr", "ssim", "checkpoint")
+    result: dict[str, Any] = {key: summary[key] for key in brief if key in summary}
     result |= {"num_test_samples": len(rows), "results_dir": str(folder)}
     files.write_json(Path(use.results_dir) / "evaluation_results.json", result)
     metrics.print_summary(summary)

@@ -212,7 +212,7 @@ def score(
     for scored in ms.score_pairs(loaded, store, twins):
         name = Path(scored.row["filename"]).stem
         rows.append(scored.row)
-        low[name], enhanced[name], high[name] = scored.low, scored.enhanced, scored.high
+        low[name], enhanced[name], high[name] = scored.strip
     fresh = [row for row in rows if not row["twin_in_training"]] or rows
     means = {
         metric: float(np.mean([row[metric] for row in rows]))

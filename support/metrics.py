@@ -140,11 +140,15 @@ def told(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
-LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
+LOWER_IS_BETTER = (
+    *("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds"),
+    *("clipped_new", "black_new", "noise_flat"),
+)
+NEITHER_IS_BETTER = ("brightness", "colourfulness")  # they have no worst file
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, deviation, median and the worst file of every metric."""
+    """Mean, deviation, median and, where a direction is better, the worst file of every metric."""
     summary = {}
     for name in rows[0]:
         if name in ("filename", "twin_in_training", "camera"):
@@ -162,10 +166,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "mean": float(values.mean()),
             "std": float(values.std()),
             "median": float(np.median(values)),
-            "worst": float(values[distance.argmax()]),
-            "worst_file": rows[int(distance.argmax())]["filename"],
-            "uses_ground_truth": name.endswith("gt_mean"),
         }
+        if name not in NEITHER_IS_BETTER:
+            worst = int(distance.argmax())
+            summary[name] |= {"worst": float(values[worst]), "worst_file": rows[worst]["filename"]}
+        summary[name]["uses_ground_truth"] = name.endswith("gt_mean")
     return summary
 
 
@@ -173,14 +178,13 @@ def evaluation_summary(
     rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json: of all pairs, of those without a twin in training, and
-    `facts`."""
+    `facts`. Scores that the rows lack are left out."""
     means = summarise(rows)
-    alone = [row for row in rows if row["twin_in_training"] is False]
+    alone = [row for row in rows if row.get("twin_in_training") is False]
     without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
     return {
         "num_images": len(rows),
-        "psnr": means["psnr"]["mean"],
-        "ssim": means["ssim"]["mean"],
+        **{name: means[name]["mean"] for name in ("psnr", "ssim") if name in means},
         "metrics": means,
         "without_twins": without,
         "seconds_per_image": means["seconds"]["median"],

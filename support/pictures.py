@@ -56,6 +56,14 @@ def resize(image: Tensor, size: Sequence[int], quantise: bool = False) -> Tensor
     return (image * 255).round() / 255 if quantise else image
 
 
+def resize_pixels(pixels: np.ndarray, size: Sequence[int] | None) -> np.ndarray:
+    """`resize` of (H, W, 3) uint8 pixels to `size` (height, width), rounded; as they are for
+    None."""
+    if size is None or pixels.shape[:2] == tuple(size):
+        return pixels
+    return to_uint8(resize(to_tensor(pixels)[None], size)[0])
+
+
 def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
     """`resize` of an (H, W, 3) picture to (1, 3, size, size), in bands: no float copy of a large
     picture is made."""

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from support.pictures import contact_sheet, triptych, write_image
+from support.metrics import image_metrics
+from support.no_reference import scores_without_target
+from support.pictures import contact_sheet, to_tensor, triptych, write_image
 
 
 class Scored(NamedTuple):
@@ -19,15 +21,33 @@ class Scored(NamedTuple):
 
     low: Tensor
     enhanced: Tensor
-    high: Tensor
+    high: Tensor | None
     row: dict[str, Any]
     extra: dict[str, Tensor]
     latent: Tensor | None
 
+    @property
+    def strip(self) -> list[Tensor]:
+        """Input, enhanced and, where there is one, target."""
+        return [self.low, self.enhanced] + ([] if self.high is None else [self.high])
+
+
+def score_levels(low: np.ndarray, levels: np.ndarray, high: np.ndarray | None) -> Scored:
+    """Compare `levels`, the enhanced picture, with its target, or without one with its input; all
+    (H, W, 3) uint8 of one size."""
+    if high is None:
+        row = scores_without_target(levels / 255.0, low / 255.0)
+    else:
+        row = image_metrics(levels / 255.0, high / 255.0)
+    target = None if high is None else to_tensor(high)
+    return Scored(to_tensor(low), to_tensor(levels), target, row, {}, None)
+
 
 def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
-    """The triptychs in `images` of the two worst, median and best pictures."""
-    order = np.argsort([row["psnr"] for row in rows])
+    """The strips in `images` of the two worst, median and best pictures: by PSNR, or without
+    targets by the share of new clipping."""
+    scores = [row["psnr"] if "psnr" in row else -row["clipped_new"] for row in rows]
+    order = np.argsort(scores, kind="stable")
     middle = len(order) // 2
     chosen = dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]])
     names = [Path(rows[i]["filename"]).stem for i in chosen]
@@ -35,11 +55,14 @@ def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
 
 
 def write_scored(scored: Scored, folder: Path) -> None:
-    """The enhanced picture, what else the model shows, and the triptych."""
+    """The enhanced picture, what else the model shows, and the strip."""
     row, name = scored.row, Path(scored.row["filename"]).stem
     files_of = {"": scored.enhanced, **{f"_{key}": image for key, image in scored.extra.items()}}
     for suffix, image in files_of.items():
         write_image(folder / f"{name}{suffix}.png", image)
-    scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
-    strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
-    write_image(folder / f"{name}_viz.png", strip)
+    if scored.high is None:
+        scores = f"clipped {row['clipped_new']:.2%}  noise {row['noise_flat']:.1f}"
+    else:
+        scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
+    labels = (f"input {name}", "enhanced", "target")[: len(scored.strip)]
+    write_image(folder / f"{name}_viz.png", triptych(scored.strip, labels, scores))
