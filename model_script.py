@@ -62,6 +62,7 @@ from support import (
 from support.curves import curves_in
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.folders import find_jobs, means_many, work_off
+from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, resize_pixels, to_tensor, to_uint16, whole_thumbnail
 from support.plans import Draw, batch_plan, epoch_steps, source_plan
@@ -183,6 +184,7 @@ class Use:
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
+    outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
     scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
@@ -205,7 +207,8 @@ class Use:
 
     def size_to_score(self, config: Config | None) -> tuple[int, int] | None:
         """(height, width) that pictures are scored at; None for their own. Raises UserError."""
-        if self.eval_size == "auto" and config and not config.crop_size:
+        as_trained = self.eval_size == "auto" and not self.outputs_dir
+        if as_trained and config and not config.crop_size:
             return config.image_size[0], config.image_size[1]
         return settings.read_size("eval_size", self.eval_size)
 
@@ -1489,9 +1492,12 @@ def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) 
         pair, (low, high) = store.pairs[index], store[index]
         target = high if pair.has_target else None
         model, camera = loaded.choose(low)
-        scored = score_pair(model, low, target, size, use, loaded.runtime, index)
+        if pair.output:
+            scored = score_levels(low, read_output(pair, low, size), target, size)
+        else:
+            scored = score_pair(model, low, target, size, use, loaded.runtime, index)
         row = {"filename": pair.low.name, **scored.row}
-        seconds = row.pop("seconds")
+        seconds = {"seconds": row.pop("seconds")} if "seconds" in row else {}
         row |= {"camera": camera} if camera else {}
         if lpips_of and scored.high is not None:
             ours, target = (
@@ -1499,18 +1505,30 @@ def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) 
             )
             row["lpips"] = lpips_of(ours, target)
             row["lpips_gt_mean"] = lpips_of(metrics.match_mean(ours, target), target)
-        row |= {"twin_in_training": twins[index]} if pair.has_target else {}
-        yield scored._replace(row=row | {"seconds": seconds})
+        judged = pair.has_target and not pair.output
+        row |= {"twin_in_training": twins[index]} if judged else {}
+        yield scored._replace(row=row | seconds)
+
+
+def to_evaluate(arguments: argparse.Namespace, system: type[System]) -> Loaded:
+    """The checkpoint's model; no model at all where `outputs_dir` takes the checkpoint's place."""
+    if arguments.checkpoint is not None:
+        return load_model(arguments.checkpoint, arguments.settings, system)
+    config = settings.build(system.config_class, arguments.settings, "settings")
+    use = settings.build(Use, arguments.settings, "settings")
+    return Loaded(System(config), use, choose_runtime(use.device, False), {})
 
 
 def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
-    """--mode evaluate."""
-    loaded = load_model(arguments.checkpoint, arguments.settings, system)
-    use, config = loaded.use, loaded.model.config
+    """--mode evaluate: a model, or the pictures in `outputs_dir`."""
+    loaded = to_evaluate(arguments, system)
+    use, config, outputs = loaded.use, loaded.model.config, loaded.use.outputs_dir
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    store = PairStore(evaluation_pairs(use, need_targets=False), room, skip)
+    pairs = evaluation_pairs(use, need_targets=False)
+    store = PairStore(with_outputs(pairs, outputs) if outputs else pairs, room, skip)
+    check_outputs(store, use.size_to_score(config))
     twins: Sequence[bool | None] = [None] * len(store)
-    if use.eval_high_dir:
+    if use.eval_high_dir and not outputs:
         twins = training_twins(store.thumbnails, loaded.checkpoint)
     folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     size = use.size_to_score(config)
@@ -1529,12 +1547,13 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             pictures.write_image(temporary / "overview.png", overview(rows, temporary / "images"))
             files.write_csv(temporary / "metrics.csv", rows)
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
-            facts |= {"use": dataclasses.asdict(use), "config": dataclasses.asdict(config)}
+            facts["use"] = dataclasses.asdict(use)
+            facts |= {"outputs_dir": outputs} if outputs else {"config": dataclasses.asdict(config)}
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
             files.write_json(temporary / "summary.json", summary)
     if rank():
         return 0
-    brief = ("psnr", "ssim", "checkpoint")
+    brief = ("psnr", "ssim", "checkpoint", "outputs_dir")
     result: dict[str, Any] = {key: summary[key] for key in brief if key in summary}
     result |= {"num_test_samples": len(rows), "results_dir": str(folder)}
     files.write_json(Path(use.results_dir) / "evaluation_results.json", result)
@@ -1642,7 +1661,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
         **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
     )
     here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
-    here |= dict(sources=[], scenes="", camera="auto")
+    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="")
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
     chosen = given | small | own | here

@@ -175,21 +175,25 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def evaluation_summary(
-    rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
+    rows: list[dict[str, Any]], checkpoint: str | None, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json: of all pairs, of those without a twin in training, and
-    `facts`. Scores that the rows lack are left out."""
+    `facts`. Scores that the rows lack are left out, and without a checkpoint what it says."""
     means = summarise(rows)
     alone = [row for row in rows if row.get("twin_in_training") is False]
     without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
+    source: dict[str, Any] = {}
+    if "seconds" in means:
+        source["seconds_per_image"] = means["seconds"]["median"]
+    if checkpoint is not None:
+        digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+        source |= {"checkpoint": checkpoint, "checkpoint_sha256": digest}
     return {
         "num_images": len(rows),
         **{name: means[name]["mean"] for name in ("psnr", "ssim") if name in means},
         "metrics": means,
         "without_twins": without,
-        "seconds_per_image": means["seconds"]["median"],
-        "checkpoint": checkpoint,
-        "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        **source,
         "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, np, skimage)},
         **facts,

@@ -48,12 +48,14 @@ def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
 
 
 class Pair(NamedTuple):
-    """Two files of one stem. Without a target `high` is the low picture itself."""
+    """Two files of one stem. Without a target `high` is the low picture itself. `output` is what
+    another method made of `low`."""
 
     name: str
     low: Path
     high: Path
     has_target: bool = True
+    output: Path | None = None
 
     @property
     def source(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from support.metrics import image_metrics
 from support.no_reference import scores_without_target
-from support.pictures import contact_sheet, to_tensor, triptych, write_image
+from support.pictures import contact_sheet, resize_pixels, to_tensor, triptych, write_image
 
 
 class Scored(NamedTuple):
@@ -32,9 +32,13 @@ class Scored(NamedTuple):
         return [self.low, self.enhanced] + ([] if self.high is None else [self.high])
 
 
-def score_levels(low: np.ndarray, levels: np.ndarray, high: np.ndarray | None) -> Scored:
+def score_levels(
+    low: np.ndarray, levels: np.ndarray, high: np.ndarray | None, size: Sequence[int] | None = None
+) -> Scored:
     """Compare `levels`, the enhanced picture, with its target, or without one with its input; all
-    (H, W, 3) uint8 of one size."""
+    (H, W, 3) uint8, resized to `size` (height, width) first where that is given."""
+    low, levels = resize_pixels(low, size), resize_pixels(levels, size)
+    high = None if high is None else resize_pixels(high, size)
     if high is None:
         row = scores_without_target(levels / 255.0, low / 255.0)
     else:
