@@ -61,6 +61,7 @@ from support import (
 )
 from support.curves import curves_in
 from support.decoding import SUFFIXES, read_image, read_picture
+from support.extra_metrics import ExtraMetric, extra_scores, load_extra
 from support.folders import find_jobs, means_many, work_off
 from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
@@ -185,6 +186,7 @@ class Use:
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
     outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
+    extra_metrics: str = knob("", "evaluate: further scores, by pyiqa, such as niqe,musiq,lpips")
     scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
@@ -1483,10 +1485,14 @@ def score_pair(
     return scored._replace(row=row, extra=extra, latent=latent)
 
 
-def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) -> Iterator[Scored]:
+def score_pairs(
+    loaded: Loaded,
+    store: PairStore,
+    twins: Sequence[bool | None],
+    extra: Sequence[ExtraMetric] = (),
+) -> Iterator[Scored]:
     """Score this process's share of the pairs of `store`, in order; by one process, all."""
-    use, lpips_of = loaded.use, metrics.load_lpips()
-    size = use.size_to_score(loaded.model.config)
+    use, size = loaded.use, loaded.use.size_to_score(loaded.model.config)
     indices = processes.shard(range(len(store)))
     for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
         pair, (low, high) = store.pairs[index], store[index]
@@ -1499,12 +1505,7 @@ def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) 
         row = {"filename": pair.low.name, **scored.row}
         seconds = {"seconds": row.pop("seconds")} if "seconds" in row else {}
         row |= {"camera": camera} if camera else {}
-        if lpips_of and scored.high is not None:
-            ours, target = (
-                image.permute(1, 2, 0).double().numpy() for image in (scored.enhanced, scored.high)
-            )
-            row["lpips"] = lpips_of(ours, target)
-            row["lpips_gt_mean"] = lpips_of(metrics.match_mean(ours, target), target)
+        row |= extra_scores(extra, scored.enhanced, scored.high, pair.low.name)
         judged = pair.has_target and not pair.output
         row |= {"twin_in_training": twins[index]} if judged else {}
         yield scored._replace(row=row | seconds)
@@ -1524,6 +1525,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     loaded = to_evaluate(arguments, system)
     use, config, outputs = loaded.use, loaded.model.config, loaded.use.outputs_dir
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
+    extra = load_extra(use.extra_metrics, bool(use.eval_high_dir), loaded.runtime.device)
     pairs = evaluation_pairs(use, need_targets=False)
     store = PairStore(with_outputs(pairs, outputs) if outputs else pairs, room, skip)
     check_outputs(store, use.size_to_score(config))
@@ -1537,7 +1539,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     print(f"evaluating {len(store)} {kind}, {protocol}, on {loaded.runtime}")
     with processes.atomic_folder(folder) as temporary:
         mine = []
-        for scored in score_pairs(loaded, store, twins):
+        for scored in score_pairs(loaded, store, twins, extra):
             write_scored(scored, temporary / "images")
             mine.append(scored.row)
         gathered = [row for share in processes.all_gather(mine) for row in share]
@@ -1549,7 +1551,8 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
             facts["use"] = dataclasses.asdict(use)
             facts |= {"outputs_dir": outputs} if outputs else {"config": dataclasses.asdict(config)}
-            summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
+            lower = [column for metric in extra for column in metric.columns_to_lower]
+            summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts, lower)
             files.write_json(temporary / "summary.json", summary)
     if rank():
         return 0
@@ -1661,7 +1664,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
         **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
     )
     here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
-    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="")
+    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="", extra_metrics="")
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
     chosen = given | small | own | here

@@ -55,7 +55,6 @@ METRICS = (
     "ciede2000",
     "psnr_gt_mean",
     "ssim_grey_gt_mean",
-    "lpips",
     "bits_per_dim",
 )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,35 +84,6 @@ def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
     }
 
 
-def load_lpips(
-    log: Callable[[str], None] = print,
-) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its
-    weights are missing."""
-    try:
-        import lpips
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
-            network = lpips.LPIPS(net="alex", verbose=False).eval()
-    except ImportError:
-        log("LPIPS columns are left out: `pip install lpips` adds them")
-        return None
-    except Exception as error:  # its backbone's weights are downloaded, which fails in many ways
-        log(f"LPIPS columns are left out: its weights could not be loaded ({type(error).__name__})")
-        return None
-
-    @torch.no_grad()
-    def score(enhanced: np.ndarray, high: np.ndarray) -> float:
-        a, b = (
-            torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1
-            for image in (enhanced, high)
-        )
-        return float(network(a, b))
-
-    return score
-
-
 def validation_means(
     scores: Sequence[tuple[str, dict[str, float]]],
 ) -> tuple[dict[str, float], float]:
@@ -141,14 +111,19 @@ def told(means: dict[str, float]) -> str:
 
 
 LOWER_IS_BETTER = (
-    *("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds"),
+    *("ciede2000", "wasserstein", "bits_per_dim", "seconds"),
     *("clipped_new", "black_new", "noise_flat"),
 )
 NEITHER_IS_BETTER = ("brightness", "colourfulness")  # they have no worst file
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, deviation, median and, where a direction is better, the worst file of every metric."""
+def summarise(
+    rows: Sequence[dict[str, Any]], lower_is_better: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Mean, deviation, median and, where a direction is better, the worst file of every metric.
+
+    `lower_is_better` names further columns to LOWER_IS_BETTER.
+    """
     summary = {}
     for name in rows[0]:
         if name in ("filename", "twin_in_training", "camera"):
@@ -159,7 +134,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             np.abs(np.log(values + 1e-9))
             if name == "colourfulness_ratio"
             else values
-            if name in LOWER_IS_BETTER
+            if name in (*LOWER_IS_BETTER, *lower_is_better)
             else -values
         )
         summary[name] = {
@@ -175,13 +150,18 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def evaluation_summary(
-    rows: list[dict[str, Any]], checkpoint: str | None, facts: dict[str, Any]
+    rows: list[dict[str, Any]],
+    checkpoint: str | None,
+    facts: dict[str, Any],
+    lower_is_better: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of summary.json: of all pairs, of those without a twin in training, and
     `facts`. Scores that the rows lack are left out, and without a checkpoint what it says."""
-    means = summarise(rows)
+    means = summarise(rows, lower_is_better)
     alone = [row for row in rows if row.get("twin_in_training") is False]
-    without = {"num_images": len(alone), "metrics": summarise(alone)} if alone else None
+    without = (
+        {"num_images": len(alone), "metrics": summarise(alone, lower_is_better)} if alone else None
+    )
     source: dict[str, Any] = {}
     if "seconds" in means:
         source["seconds_per_image"] = means["seconds"]["median"]
