@@ -1551,7 +1551,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
             facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
             facts["use"] = dataclasses.asdict(use)
             facts |= {"outputs_dir": outputs} if outputs else {"config": dataclasses.asdict(config)}
-            lower = [column for metric in extra for column in metric.columns_to_lower]
+            lower = [column for one in extra if one.lower_is_better for column in one.columns]
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts, lower)
             files.write_json(temporary / "summary.json", summary)
     if rank():

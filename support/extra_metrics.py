@@ -33,9 +33,9 @@ class ExtraMetric(NamedTuple):
     device: torch.device
 
     @property
-    def columns_to_lower(self) -> list[str]:
-        """Its columns, where lower is better."""
-        return [self.name, f"{self.name}_gt_mean"] if self.lower_is_better else []
+    def columns(self) -> list[str]:
+        """Its columns: of the picture and, if it needs a target, at the target's mean grey."""
+        return [self.name, f"{self.name}_gt_mean"] if self.needs_target else [self.name]
 
 
 def names_in(text: str) -> list[str]:
