@@ -1,8 +1,7 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, model, losses, training, evaluation,
-enhancement, demo, command line. What it stands on (files, decoding, settings, processes, metrics,
-pictures for people) is in support/.
+One script, in the order of a paper: configuration, data, flow, losses, model, training, pictures
+for people, evaluation, enhancement, demo, command line. What it stands on is in support/.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -44,7 +43,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -65,13 +64,16 @@ from support import (
 )
 from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
+from support.extra_metrics import ExtraMetric, extra_scores, load_extra
 from support.folders import find_jobs, means_many, work_off
+from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
-from support.pictures import resize, to_tensor, to_uint8, to_uint16, triptych, whole_thumbnail
+from support.pictures import resize, to_tensor, to_uint8, to_uint16
 from support.plans import Draw, batch_plan, epoch_steps, source_plan, spread, unaltered
 from support.processes import progress_style, rank
 from support.runtime import Runtime, choose_runtime, commits, compiled, git_commit
 from support.scenes import training_twins
+from support.scored import Scored, overview, score_levels
 from support.settings import RunError, UserError, knob
 from support.tiles import latent_noise, plan_tiles
 
@@ -185,7 +187,9 @@ class Use:
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
-    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets")
+    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
+    outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
+    extra_metrics: str = knob("", "evaluate: further scores, by pyiqa, such as niqe,musiq,lpips")
     scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
@@ -208,7 +212,8 @@ class Use:
 
     def size_to_score(self, config: Config | None) -> tuple[int, int] | None:
         """(height, width) that pictures are scored at; None for their own. Raises UserError."""
-        if self.eval_size == "auto" and config and not config.crop_size:
+        as_trained = self.eval_size == "auto" and not self.outputs_dir
+        if as_trained and config and not config.crop_size:
             return config.image_size[0], config.image_size[1]
         return settings.read_size("eval_size", self.eval_size)
 
@@ -1189,8 +1194,7 @@ class Trainer:
                 raise RunError(f"{problem}; {self._way_back()}") from None
             scores.append((self.held_out.pairs[index].source, scored.row))
             if len(shown) < 4:
-                images = [scored.low, scored.enhanced, scored.high, *scored.extra.values()]
-                shown.append(torch.cat(images, dim=-1))
+                shown.append(torch.cat([*scored.strip, *scored.extra.values()], dim=-1))
                 latents += [] if scored.latent is None else [scored.latent]
         scores = [score for share in processes.all_gather(scores) for score in share]
         means, choice = metrics.validation_means(scores)
@@ -1430,7 +1434,7 @@ def enhance_pixels(
     if isinstance(model, ConditionalFlow):
         halo, side = model.receptive_field, tile_side(model, use)
         if survey is None:
-            thumbnail = whole_thumbnail(pixels, model.config.thumbnail_size)
+            thumbnail = pictures.whole_thumbnail(pixels, model.config.thumbnail_size)
             with runtime.autocast():
                 survey = model.survey(thumbnail.to(runtime.device))
     for core, outer in plan_tiles(height, width, side, halo):
@@ -1486,110 +1490,138 @@ def decoder(
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation
+# Pictures for people: triptychs
 # --------------------------------------------------------------------------------------------------
 
 
-class Scored(NamedTuple):
-    """One scored pair: pictures (3, H, W) in [0, 1] on the CPU, of which `enhanced` has the 8-bit
-    levels of the file that a user would get; its scores; what else the model shows."""
+def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
+    """(3, H, W) images side by side under their labels; `scores` follows the second."""
+    height, width = images[0].shape[-2:]
+    shown = max(width, 200)  # captions need room
+    points = max(11, shown // 32)
+    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
+    scale = shown / width
+    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = place * (shown + 4)
+        picture = Image.fromarray(to_uint8(image))
+        if shown != width:
+            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
+        canvas.paste(picture, (left, bar))
+        text = f"{label}  {scores}" if place == 1 and scores else label
+        draw.text((left + 4, bar // 8), text, fill="black", font=font)
+    return canvas
 
-    low: Tensor
-    enhanced: Tensor
-    high: Tensor
-    row: dict[str, Any]
-    extra: dict[str, Tensor]
-    latent: Tensor | None
+
+def write_scored(scored: Scored, folder: Path) -> None:
+    """The enhanced picture, what else the model shows, and the strip."""
+    row, name = scored.row, Path(scored.row["filename"]).stem
+    files_of = {"": scored.enhanced, **{f"_{key}": image for key, image in scored.extra.items()}}
+    for suffix, image in files_of.items():
+        pictures.write_image(folder / f"{name}{suffix}.png", image)
+    if scored.high is None:
+        scores = f"clipped {row['clipped_new']:.2%}  noise {row['noise_flat']:.1f}"
+    else:
+        scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
+    labels = (f"input {name}", "enhanced", "target")[: len(scored.strip)]
+    pictures.write_image(folder / f"{name}_viz.png", triptych(scored.strip, labels, scores))
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def score_pair(
     model: System,
     low: np.ndarray,
-    high: np.ndarray,
+    high: np.ndarray | None,
     size: Sequence[int] | None,
     use: Use,
     runtime: Runtime,
     index: int = 0,
 ) -> Scored:
-    """Enhance `low` as --mode enhance does and compare with `high`, both (H, W, 3) uint8, resized
-    to `size` (height, width) first where that is given. `index` seeds the dequantisation noise."""
-    if size and low.shape[:2] != tuple(size):
-        low, high = (to_uint8(resize(to_tensor(image)[None], size)[0]) for image in (low, high))
+    """Enhance `low` as --mode enhance does and compare with `high`, where there is one; both
+    (H, W, 3) uint8, resized to `size` (height, width) first where that is given. `index` seeds the
+    dequantisation noise."""
+    low, high = (
+        pictures.resize_pixels(low, size),
+        None if high is None else pictures.resize_pixels(high, size),
+    )
     started = time.perf_counter()
     plain = dataclasses.replace(use, samples=0, uncertainty=False)
     found = enhance_pixels(model, low, plain, runtime)
     seconds = time.perf_counter() - started
-    levels = pictures.level_table(0.0, deep=False)[found.best]
-    row: dict[str, Any] = metrics.image_metrics(levels / 255.0, high / 255.0)
-    inputs = [to_tensor(image)[None].to(runtime.device) for image in (low, high)]
+    scored = score_levels(low, pictures.level_table(0.0, deep=False)[found.best], high)
+    given, bits = scored.low[None].to(runtime.device), None
     torch.manual_seed(model.config.seed + index)
-    with runtime.autocast():
-        bits = model.bits_per_dim(inputs[1], inputs[0])
-    row |= {"bits_per_dim": float(bits[0])} if bits else {}
+    if scored.high is not None:
+        with runtime.autocast():
+            bits = model.bits_per_dim(scored.high[None].to(runtime.device), given)
+    row = scored.row | ({"bits_per_dim": float(bits[0])} if bits else {}) | {"seconds": seconds}
     latent = bits[1].flatten().float().cpu() if bits else None
-    extra = {name: image[0].float().cpu() for name, image in model.pictures(inputs[0]).items()}
-    row |= {"seconds": seconds}
-    return Scored(inputs[0][0].cpu(), to_tensor(levels), inputs[1][0].cpu(), row, extra, latent)
+    extra = {name: image[0].float().cpu() for name, image in model.pictures(given).items()}
+    return scored._replace(row=row, extra=extra, latent=latent)
 
 
-def score_pairs(loaded: Loaded, store: PairStore, twins: Sequence[bool | None]) -> Iterator[Scored]:
+def score_pairs(
+    loaded: Loaded,
+    store: PairStore,
+    twins: Sequence[bool | None],
+    extra: Sequence[ExtraMetric] = (),
+) -> Iterator[Scored]:
     """Score this process's share of the pairs of `store`, in order; by one process, all."""
-    use, lpips_of = loaded.use, metrics.load_lpips()
-    size = use.size_to_score(loaded.model.config)
+    use, size = loaded.use, loaded.use.size_to_score(loaded.model.config)
     indices = processes.shard(range(len(store)))
     for index in tqdm(indices, desc="evaluating", unit="image", **progress_style()):
-        low, high = store[index]
+        pair, (low, high) = store.pairs[index], store[index]
+        target = high if pair.has_target else None
         model, camera = loaded.choose(low)
-        scored = score_pair(model, low, high, size, use, loaded.runtime, index)
-        row = {"filename": store.pairs[index].low.name, **scored.row}
-        seconds = row.pop("seconds")
+        if pair.output:
+            scored = score_levels(low, read_output(pair, low, size), target, size)
+        else:
+            scored = score_pair(model, low, target, size, use, loaded.runtime, index)
+        row = {"filename": pair.low.name, **scored.row}
+        seconds = {"seconds": row.pop("seconds")} if "seconds" in row else {}
         row |= {"camera": camera} if camera else {}
-        if lpips_of:
-            ours, target = (
-                image.permute(1, 2, 0).double().numpy() for image in (scored.enhanced, scored.high)
-            )
-            row["lpips"] = lpips_of(ours, target)
-            row["lpips_gt_mean"] = lpips_of(metrics.match_mean(ours, target), target)
-        row |= {"twin_in_training": twins[index], "seconds": seconds}
-        yield scored._replace(row=row)
+        row |= extra_scores(extra, scored.enhanced, scored.high, pair.low.name)
+        judged = pair.has_target and not pair.output
+        row |= {"twin_in_training": twins[index]} if judged else {}
+        yield scored._replace(row=row | seconds)
 
 
-def overview(rows: Sequence[dict[str, Any]], images: Path) -> Image.Image:
-    """The triptychs in `images` of the two worst, median and best pictures."""
-    order = np.argsort([row["psnr"] for row in rows])
-    middle = len(order) // 2
-    chosen = dict.fromkeys([*order[:2], *order[max(0, middle - 1) : middle + 1], *order[-2:]])
-    names = [Path(rows[i]["filename"]).stem for i in chosen]
-    return pictures.contact_sheet([Image.open(images / f"{name}_viz.png") for name in names])
-
-
-def write_scored(scored: Scored, folder: Path) -> None:
-    """The enhanced picture, what else the model shows, and the triptych."""
-    row, name = scored.row, Path(scored.row["filename"]).stem
-    files_of = {"": scored.enhanced, **{f"_{key}": image for key, image in scored.extra.items()}}
-    for suffix, image in files_of.items():
-        pictures.write_image(folder / f"{name}{suffix}.png", image)
-    scores = f"{row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}  dE {row['ciede2000']:.1f}"
-    strip = triptych(scored[:3], (f"input {name}", "enhanced", "target"), scores)
-    pictures.write_image(folder / f"{name}_viz.png", strip)
+def to_evaluate(arguments: argparse.Namespace, system: type[System]) -> Loaded:
+    """The checkpoint's model; no model at all where `outputs_dir` takes the checkpoint's place."""
+    if arguments.checkpoint is not None:
+        return load_model(arguments.checkpoint, arguments.settings, system)
+    config = settings.build(system.config_class, arguments.settings, "settings")
+    use = settings.build(Use, arguments.settings, "settings")
+    return Loaded(System(config), use, choose_runtime(use.device, False), {})
 
 
 def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
-    """--mode evaluate."""
-    loaded = load_model(arguments.checkpoint, arguments.settings, system)
-    use, config = loaded.use, loaded.model.config
+    """--mode evaluate: a model, or the pictures in `outputs_dir`."""
+    loaded = to_evaluate(arguments, system)
+    use, config, outputs = loaded.use, loaded.model.config, loaded.use.outputs_dir
     room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
-    store = PairStore(evaluation_pairs(use), room, skip)
-    twins = training_twins(store.thumbnails, loaded.checkpoint)
-    folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
+    extra = load_extra(use.extra_metrics, bool(use.eval_high_dir), loaded.runtime.device)
+    pairs = evaluation_pairs(use, need_targets=False)
+    store = PairStore(with_outputs(pairs, outputs) if outputs else pairs, room, skip)
     size = use.size_to_score(config)
+    check_outputs(store, size)
+    twins: Sequence[bool | None] = [None] * len(store)
+    if use.eval_high_dir and not outputs:
+        twins = training_twins(store.thumbnails, loaded.checkpoint)
+    folder = processes.broadcast(files.results_folder(use.results_dir, "eval"))
     protocol = f"resized to {size[1]}x{size[0]}" if size else "native resolution"
     print(f"evaluating {notices.counted(len(store), use)}, {protocol}, on {loaded.runtime}")
     found = notices.of_evaluation(use, loaded.checkpoint, store, twins)
     with processes.atomic_folder(folder) as temporary:
         mine = []
-        for scored in score_pairs(loaded, store, twins):
+        for scored in score_pairs(loaded, store, twins, extra):
             write_scored(scored, temporary / "images")
             mine.append(scored.row)
         gathered = [row for share in processes.all_gather(mine) for row in share]
@@ -1598,14 +1630,16 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
         if rank() == 0:
             pictures.write_image(temporary / "overview.png", overview(rows, temporary / "images"))
             files.write_csv(temporary / "metrics.csv", rows)
-            facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
-            facts |= {"use": dataclasses.asdict(use), "config": dataclasses.asdict(config)}
+            facts = {"protocol": protocol, "device": str(loaded.runtime), "use": vars(use)}
+            facts |= {"outputs_dir": outputs} if outputs else {"config": dataclasses.asdict(config)}
             facts |= {"warnings": found, **commits(loaded.checkpoint)}
-            summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts)
+            lower = [column for one in extra if one.lower_is_better for column in one.columns]
+            summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts, lower)
             files.write_json(temporary / "summary.json", summary)
     if rank():
         return 0
-    result = {key: summary[key] for key in ("psnr", "ssim", "checkpoint")}
+    brief = ("psnr", "ssim", "checkpoint", "outputs_dir")
+    result: dict[str, Any] = {key: summary[key] for key in brief if key in summary}
     result |= {"num_test_samples": len(rows), "results_dir": str(folder)}
     files.write_json(Path(use.results_dir) / "evaluation_results.json", result)
     metrics.print_summary(summary)
@@ -1714,7 +1748,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
         **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
     )
     here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
-    here |= dict(sources=[], scenes="", camera="auto")
+    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="", extra_metrics="")
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
     chosen = given | small | own | here

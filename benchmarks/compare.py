@@ -1,13 +1,16 @@
 """One table for every system: the same data, budget, machine and evaluator.
 
     python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] \\
-        [--only SYSTEM ...] [--set KEY=VALUE ...]
+        [--only SYSTEM ...] [--outputs NAME=FOLDER ...] [--set KEY=VALUE ...]
 
 Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and
-AnlightenDiff (baselines/), and two methods without training, gamma 0.4 and histogram equalisation
-as scikit-image does them. A system without --weights is trained for --minutes by its own CPU
-recipe. Every one is scored on the evaluation pairs by the script's evaluator, at 128x128 unless
---set eval_size says otherwise. --set reaches every system's config (data folders, device, ...).
+AnlightenDiff (baselines/), and three methods without training, gamma 0.4, histogram equalisation
+and CLAHE as scikit-image does them. --outputs adds a row of pictures that another method made: the
+FOLDER holds one for every pair, of the target's size or eval_size, with the stem of the dark
+picture. --only none trains and loads no system. A system without --weights is trained for --minutes
+by its own CPU recipe. Every one is scored on the evaluation pairs by the script's evaluator, at
+128x128 unless --set eval_size says otherwise. --set reaches every system's config (data folders,
+device, ...).
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene,
 the trained weights. Seconds are what `--mode enhance` reports for one 600x400 picture, reading and
@@ -18,12 +21,13 @@ what they took of a GPU.
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +44,9 @@ import model_script as ms  # noqa: E402
 from baselines import SYSTEMS, system_class  # noqa: E402
 from support import settings  # noqa: E402
 from support.checkpoints import load_checkpoint, newest_checkpoint  # noqa: E402
+from support.extra_metrics import ExtraMetric, load_extra  # noqa: E402
 from support.files import atomic_path, results_folder, write_csv  # noqa: E402
+from support.outputs import check_outputs, with_outputs  # noqa: E402
 from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import write_image  # noqa: E402
 from support.runtime import choose_runtime  # noqa: E402
@@ -49,13 +55,13 @@ from support.settings import OneLineParser, UserError, complain  # noqa: E402
 
 # by --minutes and the results folder
 GIVEN = ("max_minutes", "num_epochs", "checkpoint_dir", "log_dir")
+FLOORS = ("gamma 0.4", "histogram equalisation", "CLAHE")
 METRICS = (
     "psnr",
     "ssim",
     "ciede2000",
     "psnr_gt_mean",
     "ssim_grey_gt_mean",
-    "lpips",
     "bits_per_dim",
 )
 
@@ -71,6 +77,8 @@ class Floor(ms.System):
         image = low[0].permute(1, 2, 0).double().cpu().numpy()
         if self.kind == "gamma 0.4":
             image = skimage.exposure.adjust_gamma(image, 0.4)
+        elif self.kind == "CLAHE":  # of the value channel: hue and saturation stay
+            image = skimage.exposure.equalize_adapthist(image)
         else:  # each channel by itself: that takes the infrared tint away, too
             image = np.stack(
                 [skimage.exposure.equalize_hist(channel) for channel in image.transpose(2, 0, 1)],
@@ -88,6 +96,7 @@ class Task(NamedTuple):
     overrides: dict[str, Any]
     config: ms.Config
     use: ms.Use
+    outputs: dict[str, str]
 
     def store(self) -> ms.PairStore:
         """The pairs to score."""
@@ -96,9 +105,14 @@ class Task(NamedTuple):
 
 
 def read_command_line(
-    description: str | None, minutes: float, systems: dict[str, str], **defaults: Any
+    description: str | None,
+    minutes: float,
+    systems: dict[str, str],
+    take_outputs: bool = False,
+    **defaults: Any,
 ) -> Task:
-    """--minutes, --weights NAME=FILE, --only NAME and --set KEY=VALUE.
+    """--minutes, --weights NAME=FILE, --only NAME, --set KEY=VALUE and, where `take_outputs`,
+    --outputs NAME=FOLDER.
 
     `systems` says whose weights NAME's are. Raises UserError, before hours of training, for what
     cannot work.
@@ -110,7 +124,17 @@ def read_command_line(
     parser.add_argument(
         "--weights", action="append", default=[], metavar="NAME=FILE", help="do not train this one"
     )
-    parser.add_argument("--only", action="append", choices=systems, help="default: all")
+    nobody = ["none"] if take_outputs else []
+    choices = [*systems, *nobody]
+    parser.add_argument("--only", action="append", choices=choices, help="default: all")
+    if take_outputs:
+        parser.add_argument(
+            "--outputs",
+            action="append",
+            default=[],
+            metavar="NAME=FOLDER",
+            help="pictures to score",
+        )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for all of them"
     )
@@ -121,6 +145,8 @@ def read_command_line(
     for key in GIVEN:
         if key in overrides:
             raise UserError(f"--set {key}: --minutes and results_dir say that here; leave it out")
+    if "outputs_dir" in overrides:
+        raise UserError("--set outputs_dir: a comparison takes --outputs NAME=FOLDER instead")
     config = settings.build(ms.Config, defaults | overrides, "--set")
     use = settings.build(ms.Use, defaults | overrides, "--set")
     weights = {}
@@ -132,7 +158,22 @@ def read_command_line(
             )
         ms.load_model(path, overrides, system_class(systems[name]))
         weights[name] = Path(path)
-    return Task(arguments.minutes, weights, arguments.only or list(systems), overrides, config, use)
+    only = [name for name in arguments.only or systems if name not in nobody]
+    outputs = named_folders(arguments.outputs, systems) if take_outputs else {}
+    return Task(arguments.minutes, weights, only, overrides, config, use, outputs)
+
+
+def named_folders(texts: Sequence[str], systems: Collection[str]) -> dict[str, str]:
+    """{'net': 'folder'} of ['net=folder'], the words after --outputs. Raises UserError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not (name.strip() and folder):
+            raise UserError(f"--outputs {text}: write NAME=FOLDER")
+        if name in found or name in (*systems, *FLOORS):
+            raise UserError(f"--outputs {text}: another row has the name {name}; choose another")
+        found[name] = folder
+    return found
 
 
 def train(system: str, task: Task, folder: Path, changes: dict[str, Any] | None = None) -> Path:
@@ -205,20 +246,21 @@ def enhance_cost(system: str, weights: Path, device: str) -> tuple[float, float]
 
 
 def score(
-    loaded: ms.Loaded, store: ms.PairStore, twins: Sequence[bool | None]
+    loaded: ms.Loaded,
+    store: ms.PairStore,
+    twins: Sequence[bool | None],
+    extra: Sequence[ExtraMetric] = (),
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(mean metrics, low, enhanced and high pictures by name)."""
     rows, low, enhanced, high = [], {}, {}, {}
-    for scored in ms.score_pairs(loaded, store, twins):
+    for scored in ms.score_pairs(loaded, store, twins, extra):
         name = Path(scored.row["filename"]).stem
         rows.append(scored.row)
-        low[name], enhanced[name], high[name] = scored.low, scored.enhanced, scored.high
-    fresh = [row for row in rows if not row["twin_in_training"]] or rows
-    means = {
-        metric: float(np.mean([row[metric] for row in rows]))
-        for metric in METRICS
-        if metric in rows[0]
-    }
+        low[name], enhanced[name], high[name] = scored.strip
+    names = [*METRICS, *(column for metric in extra for column in metric.columns)]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names if name in rows[0]}
+    # outputs have no twins of their own: those of the other rows' training are left out of all
+    fresh = [row for row, twin in zip(rows, twins, strict=True) if not twin] or rows
     return (
         means | {"psnr_no_twin": float(np.mean([row["psnr"] for row in fresh]))},
         low,
@@ -239,9 +281,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def store_of(store: ms.PairStore, folder: str, task: Task) -> ms.PairStore:
+    """The store with the outputs in `folder`, all read once. Raises UserError where one is missing
+    or bad: a mean over fewer pairs cannot be compared."""
+    told: list[str] = []
+    with_them = copy.copy(store)
+    with_them.pairs = with_outputs(store.pairs, folder, told.append)
+    if told:
+        raise UserError(f"--outputs: {told[0].split('; ')[0]}; add them, or choose with scenes")
+    check_outputs(with_them, task.use.size_to_score(task.config))
+    return with_them
+
+
 def compare(task: Task) -> None:
     """Train or load, score, and write the comparison."""
     use, weights, store = task.use, task.weights, task.store()
+    runtime = choose_runtime(use.device, False)
+    extra = load_extra(use.extra_metrics, True, runtime.device)
+    stores = {name: store_of(store, path, task) for name, path in task.outputs.items()}
     folder = results_folder(use.results_dir, "comparison")
     rows: list[dict[str, Any]] = []
     shown: dict[str, dict[str, Tensor]] = {}
@@ -252,7 +309,7 @@ def compare(task: Task) -> None:
         given = task.overrides | {"eval_size": use.eval_size}
         loaded = ms.load_model(str(weights[system]), given, system_class(system))
         twins = training_twins(store.thumbnails, loaded.checkpoint)
-        means, low, shown[system], high = score(loaded, store, twins)
+        means, low, shown[system], high = score(loaded, store, twins, extra)
         costs = [enhance_cost(system, weights[system], use.device) for _ in range(3)]
         seconds, memory = (
             statistics.median(cost[0] for cost in costs),
@@ -274,9 +331,10 @@ def compare(task: Task) -> None:
         }
         print(rows[-1], flush=True)
         write_csv(folder / "comparison.csv", rows)
-    for name in ("gamma 0.4", "histogram equalisation"):
-        floor = ms.Loaded(Floor(name, task.config), use, choose_runtime(use.device, False), {})
-        means, low, shown[name], high = score(floor, store, twins)
+    stores |= dict.fromkeys(FLOORS, store)
+    for name in stores:
+        floor = ms.Loaded(Floor(name, task.config), use, runtime, {})
+        means, low, shown[name], high = score(floor, stores[name], twins, extra)
         rows.append({"system": name, **{k: round(v, 4) for k, v in means.items()}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]
@@ -297,7 +355,9 @@ def main() -> int:
     """The comparison that the command line asks for; returns the exit status."""
     try:
         compare(
-            read_command_line(__doc__, 20, {name: name for name in SYSTEMS}, eval_size="128,128")
+            read_command_line(
+                __doc__, 20, {name: name for name in SYSTEMS}, True, eval_size="128,128"
+            )
         )
     except UserError as error:
         return complain(error)

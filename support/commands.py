@@ -25,6 +25,7 @@ examples
   train      python {program} --mode train    --config {recipe}
   resume     python {program} --mode train    --resume {folder}
   evaluate   python {program} --mode evaluate --checkpoint {folder}/best_model.pth --config {recipe}
+  outputs    python {program} --mode evaluate --outputs_dir FOLDER_OF_ANOTHER_METHOD
   curves     tensorboard --logdir logs
 
 settings: in the JSON file of --config, as --set KEY=VALUE, or as --KEY VALUE
@@ -68,7 +69,8 @@ def parse(
     """The arguments, with `settings` added: the config file's and --set's, checked.
 
     `kinds` are the dataclasses of the settings; `released` weights are the default of evaluate and
-    enhance, without them the last training's. Raises UserError.
+    enhance, without them the last training's. `outputs_dir` takes the place of weights. Raises
+    UserError.
     """
     weights = str(released or "best_model.pth in checkpoint_dir")
     arguments = parser_of(modes, kinds, system, weights).parse_args(argv)
@@ -85,7 +87,11 @@ def parse(
     arguments.set += [f"{name}={word}" for name, word in words]
     found = read_all(kinds, arguments.config, arguments.set, system.unused)
     arguments.settings = found
-    if arguments.checkpoint is None and "checkpoint" in takes:
+    if arguments.mode == "evaluate" and found.get("outputs_dir"):
+        if arguments.checkpoint is not None:
+            hint = "outputs_dir scores pictures that are there; leave one of the two out"
+            raise UserError(f"--checkpoint does nothing beside outputs_dir: {hint}")
+    elif arguments.checkpoint is None and "checkpoint" in takes:
         folder = found.get("checkpoint_dir", kinds[0]().checkpoint_dir)
         arguments.checkpoint = str(released or Path(folder) / "best_model.pth")
     return arguments
@@ -93,7 +99,9 @@ def parse(
 
 def sources_of(arguments: argparse.Namespace) -> str:
     """The files that a command starts from, in words."""
-    names = (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
+    outputs = arguments.settings.get("outputs_dir") if arguments.mode == "evaluate" else None
+    given = (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
+    names = (*given, outputs)
     return ", ".join(name for name in names if name) or "default settings"
 
 

@@ -91,7 +91,7 @@ def run_folder(checkpoint: Mapping[str, Any]) -> Path | None:
 
     A stranger's checkpoint may name any folder, so it must be one that TensorBoard wrote.
     """
-    parent, name = checkpoint["config"].get("log_dir"), checkpoint.get("run_id")
+    parent, name = checkpoint.get("config", {}).get("log_dir"), checkpoint.get("run_id")
     if not is_text(parent) or not is_run_name(name):
         return None
     folder = Path(parent) / str(name)

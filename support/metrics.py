@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,35 +84,6 @@ def image_metrics(enhanced: np.ndarray, high: np.ndarray) -> dict[str, float]:
     }
 
 
-def load_lpips(
-    log: Callable[[str], None] = print,
-) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (alex) of (H, W, 3) images in [0, 1], or None with one line when the package or its
-    weights are missing."""
-    try:
-        import lpips
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
-            network = lpips.LPIPS(net="alex", verbose=False).eval()
-    except ImportError:
-        log("LPIPS columns are left out: `pip install lpips` adds them")
-        return None
-    except Exception as error:  # its backbone's weights are downloaded, which fails in many ways
-        log(f"LPIPS columns are left out: its weights could not be loaded ({type(error).__name__})")
-        return None
-
-    @torch.no_grad()
-    def score(enhanced: np.ndarray, high: np.ndarray) -> float:
-        a, b = (
-            torch.from_numpy(image).permute(2, 0, 1)[None].float() * 2 - 1
-            for image in (enhanced, high)
-        )
-        return float(network(a, b))
-
-    return score
-
-
 def validation_means(
     scores: Sequence[tuple[str, dict[str, float]]],
 ) -> tuple[dict[str, float], float]:
@@ -140,11 +110,20 @@ def told(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
-LOWER_IS_BETTER = ("ciede2000", "wasserstein", "bits_per_dim", "lpips", "lpips_gt_mean", "seconds")
+LOWER_IS_BETTER = (
+    *("ciede2000", "wasserstein", "bits_per_dim", "seconds"),
+    *("clipped_new", "black_new", "noise_flat"),
+)
+NEITHER_IS_BETTER = ("brightness", "colourfulness")  # they have no worst file
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, deviation, median and the worst file of every metric."""
+def summarise(
+    rows: Sequence[dict[str, Any]], lower_is_better: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Mean, deviation, median and, where a direction is better, the worst file of every metric.
+
+    `lower_is_better` names further columns to LOWER_IS_BETTER.
+    """
     summary = {}
     for name in rows[0]:
         if name in ("filename", "twin_in_training", "camera"):
@@ -155,38 +134,47 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             np.abs(np.log(values + 1e-9))
             if name == "colourfulness_ratio"
             else values
-            if name in LOWER_IS_BETTER
+            if name in (*LOWER_IS_BETTER, *lower_is_better)
             else -values
         )
         summary[name] = {
             "mean": float(values.mean()),
             "std": float(values.std()),
             "median": float(np.median(values)),
-            "worst": float(values[distance.argmax()]),
-            "worst_file": rows[int(distance.argmax())]["filename"],
-            "uses_ground_truth": name.endswith("gt_mean"),
         }
+        if name not in NEITHER_IS_BETTER:
+            worst = int(distance.argmax())
+            summary[name] |= {"worst": float(values[worst]), "worst_file": rows[worst]["filename"]}
+        summary[name]["uses_ground_truth"] = name.endswith("gt_mean")
     return summary
 
 
 def evaluation_summary(
-    rows: list[dict[str, Any]], checkpoint: str, facts: dict[str, Any]
+    rows: list[dict[str, Any]],
+    checkpoint: str | None,
+    facts: dict[str, Any],
+    lower_is_better: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of summary.json: of all pairs, of those without a twin in training where some
-    have one, and `facts`."""
-    means = summarise(rows)
-    alone = [row for row in rows if row["twin_in_training"] is False]
-    apart = alone and any(row["twin_in_training"] for row in rows)
-    without = {"num_images": len(alone), "metrics": summarise(alone)} if apart else None
+    have one, and `facts`. Scores that the rows lack are left out, and without a checkpoint what it
+    says."""
+    means = summarise(rows, lower_is_better)
+    alone = [row for row in rows if row.get("twin_in_training") is False]
+    without: dict[str, Any] | None = None
+    if alone and any(row["twin_in_training"] for row in rows):
+        without = {"num_images": len(alone), "metrics": summarise(alone, lower_is_better)}
+    source: dict[str, Any] = {}
+    if "seconds" in means:
+        source["seconds_per_image"] = means["seconds"]["median"]
+    if checkpoint is not None:
+        digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+        source |= {"checkpoint": checkpoint, "checkpoint_sha256": digest}
     return {
         "num_images": len(rows),
-        "psnr": means["psnr"]["mean"],
-        "ssim": means["ssim"]["mean"],
+        **{name: means[name]["mean"] for name in ("psnr", "ssim") if name in means},
         "metrics": means,
         "without_twins": without,
-        "seconds_per_image": means["seconds"]["median"],
-        "checkpoint": checkpoint,
-        "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        **source,
         "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, np, skimage)},
         **facts,

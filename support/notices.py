@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from support.pairs import PairStore, find_pairs
+from support.pairs import PairStore, find_pairs, lone_pictures
 from support.scenes import find_twins, known_thumbnails
 
 
@@ -31,7 +31,7 @@ def pair_notices(store: PairStore, kind: str, lit: Collection[str] = ()) -> list
     found = []
     for source, places in store.by_source(range(len(store))).items():
         low_key, high_key = folder_keys(kind, source)
-        low, high = (str(path.parent) for path in store.pairs[places[0]][1:])
+        low, high = (str(path.parent) for path in store.pairs[places[0]][1:3])
         if same_path(low, high) and source not in lit:
             found.append(f"{low_key} and {high_key} are one folder ({low}); name two")
         brighter = sum(store.brighter[place] for place in places)
@@ -86,8 +86,11 @@ def of_evaluation(
 
     `twins` says of each pair whether its target is among the checkpoint's training pictures. Where
     the validation pairs were split off these, the ones that chose the weights are among them, too.
+    Of pictures without targets, and of other people's outputs, less is known.
     """
-    found, config, count = pair_notices(store, "eval"), checkpoint["config"], len(store)
+    if not use.eval_high_dir:
+        return []
+    found, config, count = pair_notices(store, "eval"), checkpoint.get("config", {}), len(store)
     known = known_thumbnails(checkpoint, "validation_thumbnails")
     chose = [False] * count if known is None else find_twins(store.thumbnails, known).tolist()
     split_off = not listed_sources(config) and not config.get("val_low_dir")
@@ -108,10 +111,14 @@ def of_evaluation(
 
 def counted(count: int, use: Any) -> str:
     """'5 pairs', or '2 of 5 pairs (scenes=a,b)' where `use.scenes` names some."""
+    what = "pairs" if use.eval_high_dir else "pictures without targets"
     stems = dict.fromkeys(stem.strip() for stem in use.scenes.split(",") if stem.strip())
     if not stems:
-        return f"{count} pairs"
-    there = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval", log=lambda line: None)
+        return f"{count} {what}"
+    if use.eval_high_dir:
+        there = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval", log=lambda line: None)
+    else:
+        there = lone_pictures(use.eval_low_dir)
     names = ",".join(stems)
     names = names if len(names) <= 60 else f"{names[:57]}..."
-    return f"{count} of {len(there)} pairs (scenes={names})"
+    return f"{count} of {len(there)} {what} (scenes={names})"

@@ -50,11 +50,16 @@ def pictures_by_stem(folder: str, key: str) -> dict[str, Path]:
 
 
 class Pair(NamedTuple):
-    """A dark picture and its target. The name, unique among pairs, is the dark picture's stem."""
+    """A dark picture and its target. The name, unique among pairs, is the dark picture's stem.
+
+    Without a target `high` is the low picture itself. `output` is what another method made.
+    """
 
     name: str
     low: Path
     high: Path
+    has_target: bool = True
+    output: Path | None = None
 
     @property
     def source(self) -> str:
@@ -92,12 +97,26 @@ def find_pairs(
     return [Pair(stem, lows[stem], highs[partners[stem]]) for stem in stems]
 
 
-def evaluation_pairs(use: Any) -> list[Pair]:
+def lone_pictures(low_dir: str) -> list[Pair]:
+    """The pictures of eval_low_dir without targets, in natural order. Raises UserError where there
+    are none."""
+    lows = pictures_by_stem(low_dir, "eval_low_dir")
+    if not lows:
+        raise UserError(f"eval_low_dir: no picture in {low_dir}; name a folder that holds some")
+    stems = sorted(lows, key=natural_key)
+    return [Pair(stem, lows[stem], lows[stem], has_target=False) for stem in stems]
+
+
+def evaluation_pairs(use: Any, need_targets: bool = True) -> list[Pair]:
     """The pairs to score: those whose stems `use.scenes` names, in its order, or all.
 
-    Raises UserError for a stem that is not there.
+    Without `need_targets` an empty eval_high_dir gives pairs that have none. Raises UserError for a
+    stem that is not there.
     """
-    pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
+    if use.eval_high_dir or need_targets:
+        pairs = find_pairs(use.eval_low_dir, use.eval_high_dir, "eval")
+    else:
+        pairs = lone_pictures(use.eval_low_dir)
     known = {pair.name: pair for pair in pairs}
     wanted = [stem.strip() for stem in use.scenes.split(",") if stem.strip()]
     for stem in wanted:

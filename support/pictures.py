@@ -1,4 +1,4 @@
-"""Pictures: between arrays, tensors and files; exposure; uncertainty and triptychs for people."""
+"""Pictures: between arrays, tensors and files; exposure; sheets and views for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from support.decoding import Picture
@@ -54,6 +54,14 @@ def resize(image: Tensor, size: Sequence[int], quantise: bool = False) -> Tensor
             image, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
         )
     return (image * 255).round() / 255 if quantise else image
+
+
+def resize_pixels(pixels: np.ndarray, size: Sequence[int] | None) -> np.ndarray:
+    """`resize` of (H, W, 3) uint8 pixels to `size` (height, width), rounded; as they are for
+    None."""
+    if size is None or pixels.shape[:2] == tuple(size):
+        return pixels
+    return to_uint8(resize(to_tensor(pixels)[None], size)[0])
 
 
 def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
@@ -197,24 +205,3 @@ def contact_sheet(rows: Sequence[Image.Image], width: int = 1200) -> Image.Image
     tensors = [to_tensor(np.asarray(strip)) for strip in strips]
     padded = [F.pad(t, (0, 0, 0, tallest - t.shape[1]), value=1.0) for t in tensors]
     return Image.fromarray(to_uint8(make_grid(padded, nrow=1, padding=6, pad_value=1.0)))
-
-
-def triptych(images: Sequence[Tensor], labels: Sequence[str], scores: str = "") -> Image.Image:
-    """(3, H, W) images side by side under their labels; `scores` follows the second."""
-    height, width = images[0].shape[-2:]
-    shown = max(width, 200)  # captions need room
-    points = max(11, shown // 32)
-    font, bar = ImageFont.load_default(size=points), int(points * 1.8)
-    scale = shown / width
-    size = ((shown + 4) * len(images) - 4, round(height * scale) + bar)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = place * (shown + 4)
-        picture = Image.fromarray(to_uint8(image))
-        if shown != width:
-            picture = picture.resize((shown, round(height * scale)), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left, bar))
-        text = f"{label}  {scores}" if place == 1 and scores else label
-        draw.text((left + 4, bar // 8), text, fill="black", font=font)
-    return canvas

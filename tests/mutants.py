@@ -39,8 +39,9 @@ FLOW, LOSSES, METRICS, TRAINING, DATA = (
     "test_training",
     "test_data",
 )
-ROOMS, CONFIG = "test_rooms", "test_config"
+ROOMS, CONFIG, BLIND = "test_rooms", "test_config", "test_no_reference"
 NAMES = ("test_naming", "support/naming.py")
+NO_REFERENCE = "support/no_reference.py"
 SETTINGS, CHECKPOINTS, DECODING, PICTURES, TILES, SUMMARY, FOLDERS, SCENES = (
     f"support/{name}.py"
     for name in (
@@ -289,8 +290,15 @@ MUTANTS = [
     Mutant("    if equal:", "    if False:", *NAMES),
     # scores
     Mutant(
-        "metrics.image_metrics(levels / 255.0,",
-        "metrics.image_metrics(found.best / 65535.0,",
+        "(enhanced >= WHITE).any(-1) & (low < FREE).all(-1)",
+        "(enhanced >= WHITE).all(-1) & (low < FREE).all(-1)",
+        BLIND,
+        NO_REFERENCE,
+    ),
+    Mutant("spread, noise = spread[fair], noise[fair]", "pass", BLIND, NO_REFERENCE),
+    Mutant(
+        "score_levels(low, pictures.level_table(0.0, deep=False)[found.best], high)",
+        "score_levels(low, (found.best >> 8).astype(np.uint8), high)",
         ROOMS,
     ),
     Mutant(
@@ -299,10 +307,16 @@ MUTANTS = [
         ROOMS,
     ),
     Mutant(
-        "if size and low.shape[:2] != tuple(size):", "if size and low.shape[0] != size[0]:", ROOMS
+        "if size is None or pixels.shape[:2] == tuple(size):",
+        "if size is None or pixels.shape[0] == size[0]:",
+        ROOMS,
+        PICTURES,
     ),
     Mutant(
-        'if row["twin_in_training"] is False]', 'if not row["twin_in_training"]]', ROOMS, SUMMARY
+        'if row.get("twin_in_training") is False]',
+        'if not row.get("twin_in_training")]',
+        ROOMS,
+        SUMMARY,
     ),
     Mutant('means["seconds"]["median"]', 'means["seconds"]["mean"]', ROOMS, SUMMARY),
     # baselines

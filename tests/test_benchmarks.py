@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
-from cli_tools import assert_one_line_error, make_data
+from cli_tools import assert_one_line_error, make_data, save_picture
 from conftest import ROOT, write_pairs
 from PIL import Image
 
@@ -167,7 +168,7 @@ def test_comparison_trains_scores_and_shows_every_system(
     with open(results / "comparison.csv", newline="") as stream:
         rows = {row["system"]: row for row in csv.DictReader(stream)}
     systems = {"ConditionalFlow", "RetinexNet", "UPTFlow", "AnlightenDiff"}
-    assert rows.keys() == systems | {"gamma 0.4", "histogram equalisation"}
+    assert rows.keys() == systems | {"gamma 0.4", "histogram equalisation", "CLAHE"}
     for name, row in rows.items():
         assert 0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1
         costs = ("parameters_M", "train_images_per_s", "seconds_600x400", "MiB_600x400")
@@ -178,7 +179,7 @@ def test_comparison_trains_scores_and_shows_every_system(
         )
     assert len(list((results / "strips").iterdir())) == 2
     table = (results / "comparison.md").read_text()
-    assert table.count("\n| ") == 6 and table in capsys.readouterr().out
+    assert table.count("\n| ") == 7 and table in capsys.readouterr().out
 
     weights = next((results / "weights" / "ConditionalFlow").glob("best_model.pth"))
     evaluate = [
@@ -207,6 +208,75 @@ def test_comparison_trains_scores_and_shows_every_system(
         expected.append(float(-10 * ((low**0.4 - high) ** 2).mean().log10()))
     # the evaluator's is of 8 bits
     assert float(rows["gamma 0.4"]["psnr"]) == pytest.approx(np.mean(expected), abs=0.02)
+
+
+def test_folders_of_pictures_are_rows_of_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_data(tmp_path, train=1, evaluation=3)
+    data, expected = tmp_path / "data" / "eval", list[float]()
+    for path in sorted((data / "high").iterdir()):
+        high = np.asarray(Image.open(path))
+        ours = np.clip(high.astype(int) + 9, 0, 255).astype(np.uint8)
+        save_picture(tmp_path / "net" / f"{path.stem}_out.png", ours)
+        save_picture(tmp_path / "perfect" / path.name, high)
+        score = skimage.metrics.peak_signal_noise_ratio(high, ours, data_range=255)
+        expected.append(float(score))
+    named = [f"{name}={tmp_path / name}" for name in ("net", "perfect")]
+    outputs = [word for text in named for word in ("--outputs", text)]
+    native = ["--set", "eval_size=native", "--set", "device=cpu"]
+    run("compare", "--only", "none", *outputs, *folders(tmp_path), *native)
+    (results,) = (tmp_path / "results").glob("comparison_*")
+    with open(results / "comparison.csv", newline="") as stream:
+        rows = {row["system"]: row for row in csv.DictReader(stream)}
+    assert list(rows) == ["net", "perfect", "gamma 0.4", "histogram equalisation", "CLAHE"]
+    assert float(rows["net"]["psnr"]) == pytest.approx(np.mean(expected), abs=1e-4)
+    assert float(rows["perfect"]["psnr"]) == 100.0
+    costs = ("parameters_M", "train_images_per_s", "seconds_600x400", "MiB_600x400", "bits_per_dim")
+    assert not any(row.get(key) for row in rows.values() for key in costs)
+    scores = []
+    for path in sorted((data / "low").iterdir()):
+        low, high = (np.asarray(Image.open(data / k / path.name)) for k in ("low", "high"))
+        ours = np.rint(255 * skimage.exposure.equalize_adapthist(low / 255.0)) / 255
+        scores.append(skimage.metrics.peak_signal_noise_ratio(high / 255.0, ours, data_range=1))
+    assert float(rows["CLAHE"]["psnr"]) == pytest.approx(np.mean(scores), abs=0.02)
+    strips = sorted((results / "strips").iterdir())
+    assert len(strips) == 3 and Image.open(strips[0]).width == 7 * 204 - 4
+    assert "| net |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--outputs", "net=nowhere"], ["outputs_dir", "nowhere"]),
+        (["--outputs", "net={some}"], ["--outputs", "1 of 2 pairs have no output", "add them"]),
+        (["--outputs", "net={small}"], ["0.png", "is 20x20", "48x40"]),
+        (["--outputs", "net"], ["--outputs net", "NAME=FOLDER"]),
+        (["--outputs", "CLAHE=a"], ["--outputs CLAHE=a", "another row"]),
+        (["--outputs", "a={some}", "--outputs", "a={some}"], ["another row has the name a"]),
+        (["--set", "outputs_dir={some}"], ["outputs_dir", "--outputs NAME=FOLDER"]),
+        (["--set", "eval_high_dir="], ["eval_high_dir", "no folder"]),
+    ],
+)
+def test_bad_folders_of_pictures_are_one_line(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compare = importlib.import_module("compare")
+    make_data(tmp_path, train=1, evaluation=2)
+    save_picture(tmp_path / "some" / "0.png", np.zeros((40, 48, 3), np.uint8))
+    for stem in "01":
+        save_picture(tmp_path / "small" / f"{stem}.png", np.zeros((20, 20, 3), np.uint8))
+    places = {name: str(tmp_path / name) for name in ("some", "small")}
+    given = [*folders(tmp_path), *(argument.format(**places) for argument in arguments)]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--only", "none", *given])
+    status = compare.main()
+    told = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert_one_line_error(status, told, *words)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,6 @@ def rows(name: str, values: list[float]) -> list[dict[str, object]]:
         ("ciede2000", [3.0, 9.0, 1.0], 1),
         ("wasserstein", [0.1, 0.2, 0.3], 2),
         ("bits_per_dim", [5.0, 3.0, 4.0], 0),
-        ("lpips", [0.5, 0.3, 0.4], 0),
-        ("lpips_gt_mean", [0.2, 0.3, 0.1], 1),
         ("seconds", [0.2, 0.3, 0.1], 1),
         ("colourfulness_ratio", [0.4, 2.0, 1.0], 0),  # 1 is best; 1/2.5 is farther from it than 2
         ("colourfulness_ratio", [0.6, 2.0, 1.0], 1),
@@ -191,6 +189,12 @@ def test_summarise_names_the_worst_file(name: str, values: list[float], worst: i
     assert set(summary) == {name}
     assert summary[name]["worst_file"] == f"{worst}.png"
     assert summary[name]["worst"] == values[worst]
+
+
+def test_an_extra_metric_brings_its_direction() -> None:
+    scores = rows("niqe", [3.0, 5.0, 4.0])
+    assert summarise(scores)["niqe"]["worst"] == 3.0
+    assert summarise(scores, ["niqe"])["niqe"]["worst_file"] == "1.png"
 
 
 def test_summarise_statistics() -> None:
