@@ -197,6 +197,7 @@ class Use:
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
     uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
+    strength: float = knob(1.0, "enhance: 1: all of it; 0: the input; between: mixed", 0.0, 1.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again all that is there")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", 1, 100)
@@ -223,7 +224,7 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropo
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-LOOK_KEYS = ("camera", "temperature", "samples", "uncertainty", "exposure", "reference", "quality")
+LOOK_KEYS = ("camera", "temperature", "samples", "uncertainty", "exposure", "strength", "quality")
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -1372,7 +1373,7 @@ class Loaded(NamedTuple):
     def made_with(self, path: str) -> str:
         """What names the weights, of the file `path`, and the settings that change a picture."""
         facts = {key: getattr(self.use, key) for key in LOOK_KEYS}
-        facts |= {"reference file": journal.stamp(Path(self.use.reference))}
+        facts |= {"reference": [self.use.reference, journal.stamp(Path(self.use.reference))]}
         return journal.fingerprint(path, facts | {"amp": self.model.config.use_amp})
 
 
@@ -1672,17 +1673,18 @@ def enhance_file(
         stops += pictures.stops_to_mean(enhanced.best, brightness)
     table = pictures.level_table(stops, deep)
 
-    def write(pixels: np.ndarray, path: Path) -> None:
+    def write(levels: np.ndarray, path: Path) -> np.ndarray:
+        pixels = pictures.blend(picture.pixels, table[levels], use.strength)
         files.write_bytes(path, pictures.encode_or_explain(pixels, path, picture, use.quality))
+        return pixels
 
     for number, sample in enumerate(enhanced.samples, 1):
-        write(table[sample], target.with_stem(f"{target.stem}_sample{number}"))
+        write(sample, target.with_stem(f"{target.stem}_sample{number}"))
     deviation: float | str = ""
     if enhanced.deviation is not None:
         deviation = round(float(enhanced.deviation.mean()), 5)
         pictures.write_deviation(target, enhanced.deviation)
-    after = table[enhanced.best]
-    write(after, target)
+    after = write(enhanced.best, target)
     white = [np.iinfo(image.dtype).max for image in (picture.pixels, after)]
     return {
         "file": str(source),

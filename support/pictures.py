@@ -168,6 +168,25 @@ def level_table(stops: float, deep: bool) -> np.ndarray:
     return np.rint(values * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
 
 
+def blend(before: np.ndarray, after: np.ndarray, strength: float) -> np.ndarray:
+    """(1 - strength) of `before` and `strength` of `after`, mixed as light is; (H, W, 3) uint8 or
+    uint16 each, the result as `after`."""
+    if strength == 1:
+        return after
+    tables = [
+        srgb_to_linear(np.linspace(0, 1, np.iinfo(image.dtype).max + 1)).astype(np.float32)
+        for image in (before, after)
+    ]
+    result, top = np.empty_like(after), np.iinfo(after.dtype).max
+    for row in range(0, len(after), 64):  # in bands: no float copy of a large picture
+        band = slice(row, row + 64)
+        dark, lit = (
+            table[image[band]] for table, image in zip(tables, (before, after), strict=True)
+        )
+        result[band] = np.rint(linear_to_srgb(dark + strength * (lit - dark)) * top)
+    return result
+
+
 def stops_to_mean(pixels: np.ndarray, mean: float) -> float:
     """The exposure in [-6, 6] stops at which uint16 `pixels` have the mean brightness `mean` in [0,
     1], by bisection."""

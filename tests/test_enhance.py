@@ -35,6 +35,7 @@ from support.checkpoints import load_checkpoint, save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_image, read_picture
 from support.folders import ENHANCE_COLUMNS
 from support.pictures import (
+    blend,
     encode_png16,
     exposed,
     resize,
@@ -590,6 +591,42 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     assert enhance(checkpoint, album, out, "overwrite=true", "uncertainty=true") == 0
     assert all(path.stat().st_mtime_ns != before[path] for path in before)
     assert all(float(row["deviation"]) > 0 for row in rows_of(out).values())
+
+
+def linear(levels: np.ndarray) -> np.ndarray:
+    """Linear light of 8-bit levels, IEC 61966-2-1, in double precision."""
+    value = levels / 255.0
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def test_strength_mixes_light(checkpoint: Path, tmp_path: Path) -> None:
+    low = dark_picture(target_picture(2, 70, 90))
+    source = save_picture(tmp_path / "low.png", low)
+    made = {}
+    for strength in ("0", "0.25", "1"):
+        target = tmp_path / f"{strength}.png"
+        assert enhance(checkpoint, source, target, f"strength={strength}", "samples=1") == 0
+        sample = read_image(target.with_stem(f"{strength}_sample1"))
+        made[strength] = read_image(target), sample
+    assert np.array_equal(made["0"][0], low) and np.array_equal(made["0"][1], low)
+    assert enhance(checkpoint, source, tmp_path / "plain.png") == 0
+    assert np.array_equal(made["1"][0], read_image(tmp_path / "plain.png"))
+    for full, part in zip(made["1"], made["0.25"], strict=True):
+        mixed = 0.75 * linear(low) + 0.25 * linear(full)
+        assert np.abs(linear(part + 0.5) - linear(part - 0.5)).max() < 0.02
+        assert (mixed >= linear(part - 0.52) - 1e-6).all()
+        assert (mixed <= linear(part + 0.52) + 1e-6).all()
+
+
+def test_strength_mixes_pictures_of_two_depths() -> None:
+    before = np.full((130, 3, 3), 30000, np.uint16)
+    after = np.full((130, 3, 3), 200, np.uint8)
+    assert np.array_equal(blend(before, after, 1.0), after)
+    assert int(blend(before, after, 0.0).max()) == round(30000 / 257)
+    middle = blend(before, after, 0.5)
+    assert middle.dtype == np.uint8 and middle.shape == after.shape
+    expected = (linear(np.array(30000 / 257)) + linear(np.array(200))) / 2
+    assert float(linear(middle)[0, 0, 0]) == pytest.approx(float(expected), abs=0.005)
 
 
 @pytest.mark.parametrize("changed", ["weights", "settings", "input", "nothing", "foreign"])

@@ -216,11 +216,12 @@ def test_exposure_and_reference_are_heard(checkpoint: Path, tmp_path: Path) -> N
     source = write_clip(tmp_path / "in.mp4", noisy(SCENE, 3))
     liked = save_picture(tmp_path / "liked.png", np.full((20, 30, 3), 90, np.uint8))
     means = {}
-    for name in ("exposure=-1", "exposure=0", f"reference={liked}"):
+    for name in ("exposure=-1", "exposure=0", f"reference={liked}", "strength=0"):
         assert enhance(checkpoint, source, tmp_path / "out.mp4", name) == 0
         means[name] = np.mean(read_clip(tmp_path / "out.mp4")[0])
     assert means["exposure=-1"] < 0.85 * means["exposure=0"]
     assert means[f"reference={liked}"] == pytest.approx(90, abs=2)
+    assert means["strength=0"] == pytest.approx(np.mean(read_clip(source)[0]), abs=1)
 
 
 # folders ------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from support.commands import run
 from support.decoding import VIDEO_SUFFIXES, read_image
 from support.files import atomic_path
 from support.folders import find_jobs, means_many, work_off
-from support.pictures import level_table, stops_to_mean, whole_thumbnail
+from support.pictures import blend, level_table, stops_to_mean, whole_thumbnail
 from support.processes import process_group, progress_style, rank
 from support.settings import OneLineParser, UserError, complain, read_all
 
@@ -86,7 +86,7 @@ class FrameEnhancer:
             wanted = self.brightness
             stops = use.exposure + (0.0 if wanted is None else stops_to_mean(best, wanted))
             self.table = level_table(stops, deep=False)
-        return self.table[best]
+        return blend(pixels, self.table[best], use.strength)
 
 
 class Output:
