@@ -130,6 +130,28 @@ def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> Non
         assert next(reading.decode(video=0)).colorspace == enhance_video.Colorspace.ITU709
 
 
+def test_noise_does_not_boil_unless_it_is_asked_for() -> None:
+    given = {"device": "cpu", "camera": "ordinary"}
+    loaded = ms.load_model(str(ms.RELEASED), given, ms.ConditionalFlow)
+    spreads = []
+    for per_frame in (False, True):
+        enhancer = enhance_video.FrameEnhancer(loaded, enhance_video.Wish(None, per_frame), 25.0)
+        found = np.stack([enhancer(frame) for frame in noisy(SCENE, 20)][8:])
+        spreads.append(found.astype(float).std(0).mean())
+    assert spreads[0] < 0.5 * spreads[1] and spreads[1] > 1
+
+
+def test_frames_may_keep_their_own_noise(checkpoint: Path, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", noisy(SCENE, 6))
+    found = []
+    for options in ([], ["--per_frame"]):
+        argv = ["--checkpoint", checkpoint, "--input", source, "--output", tmp_path / "out.mp4"]
+        words = [str(word) for word in argv]
+        assert enhance_video.main([*words, "--set", "device=cpu", *options]) == 0
+        found.append((tmp_path / "out.mp4").read_bytes())
+    assert found[0] != found[1]
+
+
 def test_the_brightness_follows_the_scene_not_the_noise() -> None:
     model = small_model()
     with torch.no_grad():
@@ -221,7 +243,7 @@ def test_exposure_and_reference_are_heard(checkpoint: Path, tmp_path: Path) -> N
         means[name] = np.mean(read_clip(tmp_path / "out.mp4")[0])
     assert means["exposure=-1"] < 0.85 * means["exposure=0"]
     assert means[f"reference={liked}"] == pytest.approx(90, abs=2)
-    assert means["strength=0"] == pytest.approx(np.mean(read_clip(source)[0]), abs=1)
+    assert means["strength=0"] == pytest.approx(np.mean(read_clip(source)[0]), abs=2)
 
 
 # folders ------------------------------------------------------------------------------------------

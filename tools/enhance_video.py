@@ -5,6 +5,8 @@
     python tools/enhance_video.py --input clips --output enhanced [--set overwrite=true]
 
 Brightness and white balance are averaged over half a second: they follow the scene, not the noise.
+What stands still is averaged over about twelve frames, which stops its noise from boiling; what
+moves is left as it is.
 The result is H.264, in .webm VP9; an odd side loses a row or column. Sound is copied where the
 output's format can hold it, and else converted.
 """
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from repository import system_of
+from temporal import Steady
 from tqdm import tqdm
 
 import model_script as ms
@@ -58,22 +61,34 @@ def smooth_survey(old: ms.Survey | None, now: ms.Survey, rate: float) -> ms.Surv
     return ms.Survey(*parts)
 
 
+class Wish(NamedTuple):
+    """What is asked of a clip: the mean that its first frame takes, None to leave it; whether each
+    frame keeps its own noise."""
+
+    brightness: float | None = None
+    per_frame: bool = False
+
+
 class FrameEnhancer:
     """Enhances the frames of one clip, one after another, (H, W, 3) uint8 to the same.
 
-    `brightness` is the mean that the first one takes, None to leave it; the others follow.
+    The noise of what stands still is averaged over time. The first frame's brightness is fitted to
+    the wish, the others follow.
     """
 
-    def __init__(self, loaded: ms.Loaded, brightness: float | None, rate: float) -> None:
-        self.loaded, self.brightness = loaded, brightness
+    def __init__(self, loaded: ms.Loaded, wish: Wish, rate: float) -> None:
+        self.loaded, self.brightness = loaded, wish.brightness
         self.share = 1 - math.exp(-2 / rate)
         self.survey: ms.Survey | None = None
         self.model: Any = None
         self.camera = ""
         self.table: np.ndarray | None = None
+        self.steady = None if wish.per_frame else Steady()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         use, runtime = self.loaded.use, self.loaded.runtime
+        if self.steady is not None:
+            pixels = self.steady(pixels)
         if self.model is None:  # the camera does not change within a clip
             self.model, self.camera = self.loaded.choose(pixels)
         model = self.model
@@ -178,15 +193,13 @@ def upright(frame: Any) -> np.ndarray:
     return np.ascontiguousarray(turned[:height, :width])
 
 
-def transfer(
-    reading: Any, source: Path, path: Path, loaded: ms.Loaded, brightness: float | None
-) -> Told:
+def transfer(reading: Any, source: Path, path: Path, loaded: ms.Loaded, wish: Wish) -> Told:
     """Write the clip that is open in `reading` to `path`, enhanced. Raises UserError."""
     if not reading.streams.video:
         raise UserError(f"{source}: holds no moving picture")
     video, sounds = reading.streams.video[0], list(reading.streams.audio[:1])
     rate = video.average_rate or Fraction(25)
-    enhance = FrameEnhancer(loaded, brightness, float(rate))
+    enhance = FrameEnhancer(loaded, wish, float(rate))
     # AVI knows no times, only a rate
     time_base = 1 / rate if path.suffix.lower() == ".avi" else video.time_base
     expected = video.frames or round((video.duration or 0) * video.time_base * rate) or None
@@ -225,16 +238,14 @@ def transfer(
     return told
 
 
-def enhance_clip(
-    source: Path, target: Path, loaded: ms.Loaded, brightness: float | None
-) -> dict[str, Any]:
+def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> dict[str, Any]:
     """Enhance one clip; returns its row of enhance.csv. Raises UserError."""
     started = time.perf_counter()
     problem = f"{source}: cannot read or write the clip"
     try:
         with av.open(str(source)) as reading, atomic_path(target) as temporary:
             try:
-                told = transfer(reading, source, temporary, loaded, brightness)
+                told = transfer(reading, source, temporary, loaded, wish)
             except OSError as error:  # before atomic_path takes it for the target's
                 raise UserError(f"{problem} ({error.strerror})") from None
     except UserError:
@@ -274,12 +285,14 @@ def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     loaded = ms.load_model(arguments.checkpoint, given, system)
     reference = loaded.use.reference
     brightness = float(read_image(reference).mean()) / 255 if reference else None
+    wish = Wish(brightness, arguments.per_frame)
 
     def work(source: Path, target: Path) -> dict[str, Any]:
-        return enhance_clip(source, target, loaded, brightness)
+        return enhance_clip(source, target, loaded, wish)
 
     if means_many(arguments.input):
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
+        made_with += " per frame" if wish.per_frame else ""
         return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
     if rank():  # one clip is one process's work
         return 0
@@ -300,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--input", metavar="FILE", required=True, help="a clip, a folder, or a pattern in quotes")
     add("--output", metavar="FILE", required=True, help="the clip (its suffix counts) or a folder")
     add("--checkpoint", metavar="FILE", default=str(ms.RELEASED), help="default: released weights")
+    add("--per_frame", action="store_true", help="do not average the noise of what stands still")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help=key)
 
     def work() -> int:
