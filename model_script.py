@@ -540,7 +540,7 @@ def soft_histogram(
     # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
     if kernel == "triangle":
         place = values * (bins - 1)
-        left = place.detach().floor().clamp(0, bins - 2)
+        left = place.detach().nan_to_num().floor().clamp(0, bins - 2)  # a NaN stays one, in share
         share, left = place - left, left.long()
         counts = values.new_zeros(*values.shape[:-1], bins)
         counts = counts.scatter_add(-1, left, 1 - share).scatter_add(-1, left + 1, share)

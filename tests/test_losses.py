@@ -240,3 +240,11 @@ def test_the_loss_reaches_every_weight() -> None:
         if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
     ]
     assert dead == []
+
+
+def test_a_colour_loss_of_no_number_is_none() -> None:
+    """A training that diverges is told so by its terms, and not by a histogram's error."""
+    broken = torch.full((1, 3, 8, 8), 0.5)
+    broken[0, 0, 2, 3] = float("nan")
+    found = ms.colour_loss(broken, torch.full_like(broken, 0.5), ms.Config())
+    assert bool(found.isnan())
