@@ -21,7 +21,7 @@ NEW, DONE, OTHER, CHANGED, FOREIGN = (
 STATES = (NEW, DONE, OTHER, CHANGED, FOREIGN)
 
 
-def stamp(path: Path) -> str:
+def stamp(path: str | Path) -> str:
     """Size and time of a file, which change when it does; empty where it is not there."""
     try:
         found = os.stat(path)

@@ -273,7 +273,7 @@ MUTANTS = [
         FOLDERS,
     ),
     Mutant("and inside not in path.resolve().parents", "", ROOMS, FOLDERS),
-    Mutant("if again or not target.exists()]", "if again or target.exists()]", ROOMS, FOLDERS),
+    Mutant("[journal.NEW if again else", "[journal.NEW if not again else", ROOMS, FOLDERS),
     Mutant("return 1 if failed else 0", "return 0", ROOMS, FOLDERS),
     # scenes
     Mutant("default_rng(seed).permutation", "default_rng(0).permutation", DATA, SCENES),
