@@ -1356,7 +1356,7 @@ class Loaded(NamedTuple):
     runtime: Runtime
     checkpoint: dict[str, Any]
     infrared: Any = None
-    probe: Tensor | None = None
+    camera_net: nn.Module | None = None
 
     def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
         """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
@@ -1364,16 +1364,16 @@ class Loaded(NamedTuple):
         `camera` says which, or, where that is auto, the picture's thumbnail.
         """
         camera = self.use.camera
-        if self.infrared is None or self.probe is None:
+        if self.infrared is None or self.camera_net is None:
             return self.model, ""
         if camera == "auto":
-            camera = cameras.camera_of(pixels, self.probe)
+            camera = cameras.camera_of(pixels, self.camera_net)
         return (self.infrared if camera == "infrared" else self.model), camera
 
     def made_with(self, path: str) -> str:
         """What names the weights, of the file `path`, and the settings that change a picture."""
         facts = {key: getattr(self.use, key) for key in LOOK_KEYS}
-        facts |= {"reference": [self.use.reference, journal.stamp(Path(self.use.reference))]}
+        facts |= {"reference": [self.use.reference, journal.stamp(self.use.reference)]}
         return journal.fingerprint(path, facts | {"amp": self.model.config.use_amp})
 
 
@@ -1388,9 +1388,9 @@ def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded
         if use.camera != "auto":
             raise UserError(f"camera: {path} holds one network; leave it out")
         return Loaded(model, use, runtime, checkpoint)
-    weights, probe = checkpoints.camera_parts(checkpoint, path)
+    weights, camera_net = checkpoints.camera_parts(checkpoint, path)
     second = runtime.place(checkpoints.build_model(system, config, weights, path)).eval()
-    return Loaded(model, use, runtime, checkpoint, second, probe)
+    return Loaded(model, use, runtime, checkpoint, second, camera_net)
 
 
 class NotFinite(UserError):

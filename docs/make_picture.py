@@ -49,6 +49,7 @@ def underexpose(high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def enhance(folder: Path, output: Path, checkpoint: str | None) -> None:
     """Every picture of `folder` by the real command line, into `output`."""
     command = [sys.executable, str(ROOT / "model_script.py"), "--mode", "enhance"]
+    command += [] if checkpoint else ["--camera", "ordinary"]  # which the simulation imitates
     command += ["--input", str(folder), "--output", str(output)]
     command += ["--checkpoint", checkpoint] if checkpoint else []
     subprocess.run(command, check=True)

@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.settings import UserError
 
 CAMERAS = ("infrared", "ordinary")
-SIDE, STATISTICS = 32, 13  # of the thumbnail; how many numbers are told of it
+SIDE = 32  # of the thumbnail
 
 
-def statistics(pixels: np.ndarray) -> np.ndarray:
-    """(13,) numbers of an (H, W, 3) uint8 or uint16 picture: the colour cast, its spread, and the
-    brightness, all in powers of two, of a thumbnail of 32x32."""
+class CameraNet(nn.Module):
+    """Thumbnails (B, 3, 32, 32) in [0, 1] -> (B,), the log-odds that a sensor without infrared-cut
+    filter took them. It sees the colour cast of every place and how bright it is."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        sides = [3, width, 2 * width, 3 * width]
+        convolutions = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(sides)]
+        self.layers = nn.Sequential(
+            *[layer for conv in convolutions for layer in (conv, nn.SiLU())],
+            nn.Conv2d(3 * width, 3 * width, 1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(3 * width, 1),
+        )
+
+    def forward(self, thumbnail: Tensor) -> Tensor:
+        red, green, blue = (thumbnail + 1 / 255).log2().unbind(1)
+        brightness = (red + green + blue) / 6 + 2.5  # about 0 for a dark picture
+        return self.layers(torch.stack([red - green, blue - green, brightness], 1)).squeeze(1)
+
+
+def small_thumbnail(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """(side, side, 3) uint8 of an (H, W, 3) uint8 or uint16 picture."""
     shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
-    small = Image.fromarray(shallow).resize((SIDE, SIDE), Image.Resampling.BOX)
-    levels = np.log2(np.asarray(small).reshape(-1, 3) / 255 + 1 / 255)
-    cast = levels - levels.mean(1, keepdims=True)
-    marks = [np.percentile(cast[:, k] - cast[:, 1], [10, 50, 90]) for k in (0, 2)]
-    brightness = (levels.mean(), levels.std(0).mean())
-    return np.concatenate([cast.mean(0)[:2], cast.std(0), brightness, *marks])
+    return np.asarray(Image.fromarray(shallow).resize((side, side), Image.Resampling.BOX))
 
 
-def infrared_probability(pixels: np.ndarray, probe: Tensor) -> float:
-    """How probable it is that a sensor without infrared-cut filter took `pixels`.
-
-    A logistic regression on the statistics and their squares. probe: (5, 13): the statistics' means
-    and deviations, the weights of the standardised and of their squares, and the bias (its first).
-    """
-    mean, scale, linear, square, bias = probe.double().numpy()
-    z = (statistics(pixels) - mean) / scale
-    logit = float(linear @ z + square @ z**2 + bias[0])
-    return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
+@torch.no_grad()
+def camera_of(pixels: np.ndarray, net: nn.Module) -> str:
+    """The camera, of CAMERAS, that more probably took (H, W, 3) uint8 or uint16 `pixels`."""
+    thumbnail = torch.from_numpy(small_thumbnail(pixels).copy()).permute(2, 0, 1)[None] / 255
+    return "infrared" if float(net(thumbnail)[0]) > 0 else "ordinary"
 
 
-def camera_of(pixels: np.ndarray, probe: Tensor) -> str:
-    """The camera, of CAMERAS, that is the more probable one."""
-    return "infrared" if infrared_probability(pixels, probe) > 0.5 else "ordinary"
-
-
-def check_probe(probe: Any, path: str) -> Tensor:
-    """`probe`, if it is what `infrared_probability` needs. Raises UserError."""
-    good = isinstance(probe, Tensor) and probe.shape == (5, STATISTICS)
-    if not good or not bool(torch.isfinite(probe).all()):
-        raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
-    return probe
+def build_camera_net(weights: Any, path: str) -> CameraNet:
+    """The network of the weights that a released file holds. Raises UserError."""
+    net = CameraNet()
+    try:
+        net.load_state_dict({name: value.float() for name, value in weights.items()})
+        good = all(bool(p.isfinite().all()) for p in net.parameters())
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise UserError(f"{path}: what tells its cameras apart is damaged; use another checkpoint")
+    return net.eval()

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from support.cameras import check_probe
+from support.cameras import CameraNet, build_camera_net
 from support.curves import is_run_name
 from support.files import atomic_path, make_folder, write_bytes
 from support.processes import restarted
@@ -177,17 +176,17 @@ def build_model(system: type[Any], config: Any, checkpoint: dict[str, Any], path
     return model
 
 
-def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any], Tensor]:
+def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any], CameraNet]:
     """(the second network of released weights, for infrared pictures, as a checkpoint of its own;
-    the table by which `support.cameras` tells the cameras apart).
+    the small one that tells the cameras apart).
 
-    Raises UserError where it, or the table that tells the cameras apart, is damaged.
+    Raises UserError where either is damaged.
     """
     found = checkpoint["cameras"]
     if type(found) is not dict or "infrared" not in found:
         raise UserError(f"{path}: its table of cameras is damaged; use another checkpoint")
-    probe = check_probe(found.get("probe"), path)
-    return checkpoint | {"model": found["infrared"]}, probe
+    net = build_camera_net(found.get("camera_net"), path)
+    return checkpoint | {"model": found["infrared"]}, net
 
 
 def starting_weights(path: str, camera: str) -> dict[str, Any]:

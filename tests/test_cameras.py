@@ -12,7 +12,7 @@ from cli_tools import assert_one_line_error, save_picture, target_picture
 from conftest import randomise
 
 import model_script as ms
-from support.cameras import STATISTICS, camera_of, infrared_probability, statistics
+from support.cameras import CameraNet, camera_of, small_thumbnail
 from support.checkpoints import load_checkpoint, save_checkpoint, starting_weights
 from support.decoding import read_image
 from support.settings import UserError
@@ -27,12 +27,19 @@ def flat(colour: tuple[int, int, int], dtype: type = np.uint8) -> np.ndarray:
     return (levels * (257 if dtype is np.uint16 else 1)).astype(dtype)
 
 
-def red_probe() -> torch.Tensor:
-    """A table by which a red cast, the first of the statistics, is infrared."""
-    probe = torch.zeros(5, STATISTICS)
-    probe[1] = 1
-    probe[2, 0], probe[4, 0] = 20, -4
-    return probe
+def red_net() -> CameraNet:
+    """A network by which a red cast is infrared: it passes on how far red is above green."""
+    net = CameraNet()
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
+    first, second, third, mix = (
+        layer for layer in net.layers if isinstance(layer, torch.nn.Conv2d)
+    )
+    for layer in (first, second, third, mix):
+        layer.weight.data[0, 0, layer.kernel_size[0] // 2, layer.kernel_size[0] // 2] = 2.0
+    last = net.layers[-1]
+    last.weight.data[0, 0], last.bias.data[0] = 1.0, -4.0
+    return net.eval()
 
 
 def two_networks(folder: Path, **changes: object) -> Path:
@@ -40,31 +47,26 @@ def two_networks(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, crop_size=32)
     ordinary, infrared = (randomise(ms.ConditionalFlow(config), 0.05, seed) for seed in (1, 2))
-    parts = {"infrared": infrared.state_dict(), "probe": red_probe()} | changes
+    parts = {"infrared": infrared.state_dict(), "camera_net": red_net().state_dict()} | changes
     content = {"config": dataclasses.asdict(config), "model": ordinary.state_dict()}
     save_checkpoint(folder / "two.pth", content | {"cameras": parts})
     return folder / "two.pth"
 
 
-def test_statistics_know_a_cast_and_nothing_of_size_or_depth() -> None:
-    grey, red = statistics(flat((40, 40, 40))), statistics(flat(RED))
-    assert np.abs(grey[:2]).max() < 0.02 and red[0] > 0.5
-    np.testing.assert_allclose(statistics(flat(RED, np.uint16)), red, atol=0.02)
+def test_a_thumbnail_knows_nothing_of_size_or_depth() -> None:
+    expected = small_thumbnail(flat(RED))
+    assert expected.shape == (32, 32, 3) and expected.dtype == np.uint8
+    assert np.array_equal(small_thumbnail(flat(RED, np.uint16)), expected)
     big = np.kron(flat(RED), np.ones((3, 3, 1), np.uint8))
-    np.testing.assert_allclose(statistics(big), red, atol=0.1)
+    assert np.abs(small_thumbnail(big).astype(int) - expected).max() <= 3
 
 
-def test_the_probability_is_that_of_the_formula() -> None:
-    rng = np.random.default_rng(1)
-    probe = torch.from_numpy(rng.normal(0, 0.3, (5, STATISTICS)))
-    probe[1] = probe[1].abs() + 1
-    z = (statistics(flat(RED)) - probe[0].numpy()) / probe[1].numpy()
-    logit = probe[2].numpy() @ z + probe[3].numpy() @ z**2 + float(probe[4, 0])
-    assert infrared_probability(flat(RED), probe) == pytest.approx(1 / (1 + np.exp(-logit)))
-    assert [camera_of(flat(colour), red_probe()) for colour in (RED, GREEN)] == [
-        "infrared",
-        "ordinary",
-    ]
+def test_a_cast_tells_the_camera_and_exposure_does_not() -> None:
+    net = red_net()
+    for colour, camera in ((RED, "infrared"), (GREEN, "ordinary")):
+        for gain in (0.8, 1.0, 2.0):
+            brighter = tuple(round(gain * level) for level in colour)
+            assert camera_of(flat(brighter), net) == camera
 
 
 def test_auto_takes_the_network_of_the_picture(tmp_path: Path) -> None:
@@ -108,9 +110,11 @@ def test_an_evaluation_scores_what_the_user_gets_of_either_network(tmp_path: Pat
 @pytest.mark.parametrize(
     "changes",
     [
-        {"probe": torch.zeros(4, STATISTICS)},
-        {"probe": torch.full((5, STATISTICS), float("nan"))},
-        {"probe": "red"},
+        {"camera_net": {}},
+        {"camera_net": {"layers.0.weight": torch.zeros(12, 3, 3, 3)}},
+        {"camera_net": {k: v * float("nan") for k, v in red_net().state_dict().items()}},
+        {"camera_net": {k: "red" for k in red_net().state_dict()}},
+        {"camera_net": "red"},
         {"infrared": {}},
     ],
 )

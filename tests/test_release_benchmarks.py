@@ -12,7 +12,7 @@ import torch
 from conftest import randomise
 
 import model_script as ms
-from support.cameras import STATISTICS, camera_of, statistics
+from support.cameras import CameraNet, build_camera_net, camera_of
 from support.checkpoints import save_checkpoint
 from support.settings import UserError
 
@@ -66,17 +66,34 @@ def test_spread_takes_the_ends() -> None:
     assert release_table.spread(10, 4) == [0, 3, 6, 9] and release_table.spread(3, 9) == [0, 1, 2]
 
 
-def test_the_table_of_cameras_tells_a_cast_from_none() -> None:
+def test_the_network_of_cameras_learns_a_cast() -> None:
+    torch.manual_seed(0)
+
+    def some(colour: tuple[int, int, int]) -> torch.Tensor:
+        levels = torch.tensor(colour)[:, None, None] + 6 * torch.randn(30, 3, 64, 64)
+        return levels.round().clamp(0, 255) / 255
+
+    weights = make_release.train_camera_net(some((60, 20, 40)), [some((40, 40, 40))], steps=60)
+    net = build_camera_net(weights, "here")
     rng = np.random.default_rng(0)
-
-    def some(colour: tuple[int, int, int]) -> np.ndarray:
-        pictures = [rng.normal(colour, 6, (24, 24, 3)).clip(0, 255) for _ in range(30)]
-        return np.array([statistics(picture.astype(np.uint8)) for picture in pictures])
-
-    probe = make_release.fit_probe(some((60, 20, 40)), some((40, 40, 40)))
     for colour, camera in (((62, 22, 42), "infrared"), ((38, 40, 41), "ordinary")):
-        picture = rng.normal(colour, 6, (24, 24, 3)).clip(0, 255).astype(np.uint8)
-        assert camera_of(picture, probe) == camera
+        picture = rng.normal(colour, 6, (70, 90, 3)).clip(0, 255).astype(np.uint8)
+        assert camera_of(picture, net) == camera
+
+
+def test_varied_thumbnails_are_windows_at_256_levels() -> None:
+    torch.manual_seed(0)
+    ramp = torch.linspace(0.2, 0.6, 64).expand(40, 3, 64, 64)
+    found = make_release.varied(ramp, torch.zeros(40))
+    assert found.shape == (40, 3, 32, 32) and float(found.min()) > 0.12
+    assert torch.equal(found, (found * 255).round() / 255)
+    assert float((found[:, 0] - found[:, 2]).abs().max()) == 0
+    tinted = make_release.varied(ramp, torch.full((40,), 0.3))
+    ratios = (tinted[:, 0, 9, 9] / tinted[:, 2, 9, 9]).log2().abs()
+    assert 0.3 < float(ratios.max()) < 0.65
+    slopes = (found[:, 0, 0, -1] / found[:, 0, 0, 0]).log2()  # gains do not change them
+    assert float(slopes.min()) < -0.4 and float(slopes.max()) > 0.4  # mirrored or not
+    assert float(slopes.abs().max()) < 1.6
 
 
 def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
@@ -91,12 +108,11 @@ def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
         content |= {"validation_thumbnails": looks[:1]} if name == "infrared" else {}
         paths[name] = tmp_path / f"{name}.pth"
         save_checkpoint(paths[name], content)
-    probe = torch.zeros(5, STATISTICS)
-    probe[1] = 1
-    packed = make_release.pack(str(paths["ordinary"]), str(paths["infrared"]), probe)
+    weights = CameraNet().state_dict()
+    packed = make_release.pack(str(paths["ordinary"]), str(paths["infrared"]), weights)
     save_checkpoint(tmp_path / "released.pth", packed)
     loaded = ms.load_model(str(tmp_path / "released.pth"), {"device": "cpu"}, ms.ConditionalFlow)
-    assert len(loaded.checkpoint["training_thumbnails"]) == 3
+    assert len(loaded.checkpoint["training_thumbnails"]) == 2  # of three, two are alike
     assert len(loaded.checkpoint["validation_thumbnails"]) == 1
     assert "here" not in str(loaded.checkpoint["config"])
     low = torch.rand(1, 3, 32, 48)
@@ -105,7 +121,7 @@ def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
             difference = model.enhance(low) - networks[name].eval().enhance(low)
             assert float(difference.abs().max()) < 0.01
     small, large = ((tmp_path / f"{name}.pth").stat().st_size for name in ("released", "ordinary"))
-    assert small < 1.3 * large
+    assert small < 1.3 * large + 60_000  # and the network of cameras
 
 
 def test_two_architectures_are_no_release(tmp_path: Path) -> None:
@@ -114,4 +130,4 @@ def test_two_architectures_are_no_release(tmp_path: Path) -> None:
         content = {"config": {}, "model": ms.ConditionalFlow(config).state_dict()}
         save_checkpoint(tmp_path / f"{name}.pth", content)
     with pytest.raises(UserError, match="another architecture"):
-        make_release.pack(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), torch.zeros(5, 13))
+        make_release.pack(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), {})
