@@ -143,7 +143,8 @@ def test_each_fold_is_scored_by_a_network_that_has_not_seen_it(
     ("changed", "told"),
     [
         (["--output", "mine.txt"], [".pth"]),
-        (["--low", "nowhere"], ["nowhere"]),
+        (["--low", "nowhere"], ["--low", "nowhere"]),
+        (["--high", "nowhere"], ["--high", "nowhere"]),
         (["--checkpoint", "nowhere.pth"], ["nowhere.pth"]),
         (["--folds", "1"], ["--folds"]),
         (["--minutes", "0"], ["--minutes"]),

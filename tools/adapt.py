@@ -16,7 +16,7 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ from support.scenes import find_scenes
 from support.settings import OneLineParser, UserError
 
 SCORES = ("psnr", "psnr_gt_mean", "ssim", "ciede2000")
-FEWEST = 2  # scenes: one to train on, one to score
 
 
 class Task(NamedTuple):
@@ -67,6 +66,9 @@ def read_command_line(argv: Sequence[str] | None) -> Task:
         raise UserError(f"--output {found.output}: the suffix must be .pth")
     if found.folds < 2 or not 0 < found.minutes < 1e6:
         raise UserError("--folds must be at least 2 and --minutes above 0")
+    for option in ("low", "high"):
+        if not Path(getattr(found, option)).is_dir():
+            raise UserError(f"--{option} {getattr(found, option)}: no such folder; name another")
     given = settings.read_all((ms.Config, ms.Use), found.config, found.set, ())
     paths = (Path(found.low), Path(found.high), Path(found.output), found.checkpoint, found.config)
     return Task(*paths, found.folds, found.minutes, given)
@@ -76,7 +78,7 @@ def folds_of(thumbnails: np.ndarray, similarity: float, most: int) -> list[list[
     """The indices of (N, 16, 16, 3) thumbnails in at most `most` folds of about one size, whole
     scenes each. Raises UserError where there are too few scenes."""
     scenes = sorted(find_scenes(thumbnails, similarity), key=len, reverse=True)
-    if len(scenes) < FEWEST:
+    if len(scenes) < 2:  # one to train on, one to score
         raise UserError("--low: all pairs show one scene; add pairs of at least one other")
     folds: list[list[int]] = [[] for _ in range(min(most, len(scenes)))]
     for scene in scenes:
@@ -119,9 +121,8 @@ class Adapter:
         folders = lay_out(chosen, place / "train")
         # the trainer wants to validate; nothing is chosen by that, so one known pair will do
         shown = lay_out(chosen[:1], place / "shown")
-        own = {"low_dir": "", "high_dir": ""} | folders
         values = dataclasses.asdict(self.start.config)
-        values |= {f"train_{key}": value for key, value in own.items()}
+        values |= {f"train_{key}": value for key, value in folders.items()}
         values |= {f"val_{key}": value for key, value in shown.items()}
         values |= {"sources": [], "init_from": self.task.checkpoint, "max_minutes": minutes}
         values |= {"checkpoint_dir": str(place / "weights"), "log_dir": str(place / "logs")}
@@ -177,7 +178,7 @@ def scratch(output: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def adapt(task: Task, say: Callable[[str], None] = print) -> dict[str, Any]:
+def adapt(task: Task) -> dict[str, Any]:
     """Cross-validate, decide, write `task.output` and the report beside it, which is returned."""
     released = load_any(task.checkpoint, task.given)
     pairs = find_pairs(str(task.low), str(task.high), "train")
@@ -188,7 +189,7 @@ def adapt(task: Task, say: Callable[[str], None] = print) -> dict[str, Any]:
     with scratch(task.output) as folder:
         adapter = Adapter(task, released, store, folder)
         network = f"the {adapter.camera} network of " if adapter.camera else ""
-        say(f"{len(store)} pairs in {len(folds)} folds, from {network}{task.checkpoint}")
+        print(f"{len(store)} pairs in {len(folds)} folds, from {network}{task.checkpoint}")
         before, after, places = [], [], []
         for number, fold in enumerate(folds):
             rest = sorted(set(range(len(store))) - set(fold))
@@ -198,13 +199,13 @@ def adapt(task: Task, say: Callable[[str], None] = print) -> dict[str, Any]:
             places += fold
         better = verdict(before, after)
         for line in table(before, after):
-            say(line)
+            print(line)
         if better:
             weights = adapter.train("all", range(len(store)), minutes)
             found = checkpoints.load_checkpoint(weights)
-            say(f"{task.output}: adapted, trained on all {len(store)} pairs")
+            print(f"{task.output}: adapted, trained on all {len(store)} pairs")
         else:
-            say(f"{task.output}: the network from the start, as adapting it did not help")
+            print(f"{task.output}: the network from the start, as adapting it did not help")
             found = {k: v for k, v in adapter.stored.items() if k != "cameras"}
             found["model"] = adapter.start.state_dict()
         write(task, adapter, found)
