@@ -36,11 +36,11 @@ from support.commands import run  # noqa: E402
 from support.files import write_bytes, write_csv  # noqa: E402
 from support.pairs import PairStore, find_pairs  # noqa: E402
 from support.processes import progress_style  # noqa: E402
-from support.scenes import find_scenes  # noqa: E402
+from support.scenes import find_scenes, seen_scenes  # noqa: E402
 from support.settings import UserError, read_all  # noqa: E402
 
 Row = dict[str, Any]
-LOOKS_ALIKE = 0.98  # correlation of thumbnails: another take of an evaluation picture's scene
+LOOKS_ALIKE = 0.98
 
 
 def draw_pairs(
@@ -49,9 +49,7 @@ def draw_pairs(
     """Indices of `count` of (N, 16, 16, 3) thumbnails, each of a scene of its own and none like one
     of `others`. Raises UserError where there are too few scenes."""
     rng = np.random.default_rng(seed)
-    flat = thumbnails.reshape(len(thumbnails), -1)
-    to_others = np.corrcoef(flat, others.reshape(len(others), -1))[: len(flat), len(flat) :]
-    free = to_others.max(1) < LOOKS_ALIKE
+    free = ~seen_scenes(thumbnails, others, LOOKS_ALIKE)
     scenes = [[i for i in scene if free[i]] for scene in find_scenes(thumbnails, similarity)]
     scenes = [scene for scene in scenes if scene]
     if len(scenes) < count:

@@ -1,7 +1,7 @@
 """One table for every system: the same data, budget, machine and evaluator.
 
     python benchmarks/compare.py [--minutes 20] [--weights SYSTEM=FILE ...] \\
-        [--only SYSTEM ...] [--outputs NAME=FOLDER ...] [--set KEY=VALUE ...]
+        [--only SYSTEM ...] [--outputs NAME=FOLDER ...] [--apart SIMILARITY] [--set KEY=VALUE ...]
 
 Systems: ConditionalFlow (this project's, by the published recipe), RetinexNet, UPTFlow and
 AnlightenDiff (baselines/), and three methods without training, gamma 0.4, histogram equalisation
@@ -10,7 +10,8 @@ FOLDER holds one for every pair, of the target's size or eval_size, with the ste
 picture. --only none trains and loads no system. A system without --weights is trained for --minutes
 by its own CPU recipe. Every one is scored on the evaluation pairs by the script's evaluator, at
 128x128 unless --set eval_size says otherwise. --set reaches every system's config (data folders,
-device, ...).
+device, ...). psnr_no_twin leaves out targets that are training targets, too; with --apart 0.98 also
+those that are another take of a training scene.
 
 Writes results/comparison_*/: comparison.csv, comparison.md, a strip of pictures for every scene,
 the trained weights. Seconds are what `--mode enhance` reports for one 600x400 picture, reading and
@@ -50,7 +51,7 @@ from support.outputs import check_outputs, with_outputs  # noqa: E402
 from support.pairs import evaluation_pairs  # noqa: E402
 from support.pictures import write_image  # noqa: E402
 from support.runtime import choose_runtime  # noqa: E402
-from support.scenes import training_twins  # noqa: E402
+from support.scenes import known_thumbnails, seen_scenes, training_twins  # noqa: E402
 from support.settings import OneLineParser, UserError, complain  # noqa: E402
 
 # by --minutes and the results folder
@@ -97,6 +98,7 @@ class Task(NamedTuple):
     config: ms.Config
     use: ms.Use
     outputs: dict[str, str]
+    apart: float
 
     def store(self) -> ms.PairStore:
         """The pairs to score."""
@@ -135,6 +137,13 @@ def read_command_line(
             metavar="NAME=FOLDER",
             help="pictures to score",
         )
+        parser.add_argument(
+            "--apart",
+            type=float,
+            default=0.0,
+            metavar="SIMILARITY",
+            help="twins: also targets that correlate so much with a training target, such as 0.98",
+        )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for all of them"
     )
@@ -160,7 +169,10 @@ def read_command_line(
         weights[name] = Path(path)
     only = [name for name in arguments.only or systems if name not in nobody]
     outputs = named_folders(arguments.outputs, systems) if take_outputs else {}
-    return Task(arguments.minutes, weights, only, overrides, config, use, outputs)
+    apart = arguments.apart if take_outputs else 0.0
+    if not 0 <= apart <= 1:
+        raise UserError(f"--apart must be in [0, 1], got {apart:g}")
+    return Task(arguments.minutes, weights, only, overrides, config, use, outputs, apart)
 
 
 def named_folders(texts: Sequence[str], systems: Collection[str]) -> dict[str, str]:
@@ -293,6 +305,17 @@ def store_of(store: ms.PairStore, folder: str, task: Task) -> ms.PairStore:
     return with_them
 
 
+def twins_of(
+    thumbnails: np.ndarray, checkpoint: dict[str, Any], apart: float
+) -> Sequence[bool | None]:
+    """For each target whether it trained these weights or, with `apart`, looks like one that did;
+    None where that is not known."""
+    past = known_thumbnails(checkpoint, "training_thumbnails")
+    if not apart or past is None:
+        return training_twins(thumbnails, checkpoint)
+    return seen_scenes(thumbnails, past, apart).tolist()
+
+
 def compare(task: Task) -> None:
     """Train or load, score, and write the comparison."""
     use, weights, store = task.use, task.weights, task.store()
@@ -308,7 +331,7 @@ def compare(task: Task) -> None:
             weights[system] = train(system, task, folder / "weights" / system)
         given = task.overrides | {"eval_size": use.eval_size}
         loaded = ms.load_model(str(weights[system]), given, system_class(system))
-        twins = training_twins(store.thumbnails, loaded.checkpoint)
+        twins = twins_of(store.thumbnails, loaded.checkpoint, task.apart)
         means, low, shown[system], high = score(loaded, store, twins, extra)
         costs = [enhance_cost(system, weights[system], use.device) for _ in range(3)]
         seconds, memory = (

@@ -55,6 +55,17 @@ def find_twins(thumbnails: np.ndarray, others: np.ndarray, tolerance: float = 2.
     return np.array([np.abs(known - one).mean((1, 2, 3)).min() <= tolerance for one in thumbnails])
 
 
+def seen_scenes(thumbnails: np.ndarray, others: np.ndarray, similarity: float) -> np.ndarray:
+    """For each of (N, 16, 16, 3) thumbnails whether one of `others` correlates with it by at least
+    `similarity`: another take of its scene."""
+    if len(others) == 0:
+        return np.zeros(len(thumbnails), bool)
+    both = np.concatenate([thumbnails, others])
+    with np.errstate(invalid="ignore"):  # as in find_scenes
+        correlation = np.corrcoef(both.reshape(len(both), -1))
+    return (correlation[: len(thumbnails), len(thumbnails) :] >= similarity).any(1)
+
+
 def known_thumbnails(checkpoint: Mapping[str, Any], key: str) -> np.ndarray | None:
     """The (N, 16, 16, 3) uint8 thumbnails that a checkpoint holds under `key`; None for none, and
     for what is no such thing."""

@@ -138,6 +138,17 @@ def test_bench_measures_every_part(tmp_path: Path) -> None:
     assert (results / "bench.md").read_text().count("\n| ") == len(rows)
 
 
+def test_twins_of_a_comparison_may_be_other_takes_of_a_scene() -> None:
+    compare = importlib.import_module("compare")
+    rng = np.random.default_rng(0)
+    looks = torch.from_numpy(rng.integers(40, 200, (2, 16, 16, 3)).astype(np.uint8))
+    targets = np.concatenate([looks[:1].numpy() // 2, 255 - looks[1:].numpy()])
+    trained = {"training_thumbnails": looks}
+    assert compare.twins_of(targets, trained, 0.98) == [True, False]
+    assert compare.twins_of(targets, trained, 0.0) == [False, False]
+    assert compare.twins_of(targets, {}, 0.98) == [None, None]
+
+
 def folders(data: Path) -> list[str]:
     """--set arguments that name tiny training and evaluation pairs, and write below `data`."""
     pairs = [

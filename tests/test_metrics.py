@@ -21,7 +21,7 @@ from support.metrics import (
     summarise,
     wasserstein_of,
 )
-from support.scenes import find_twins
+from support.scenes import find_twins, seen_scenes
 
 
 def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -230,3 +230,13 @@ def test_find_twins_flags_equal_and_nearly_equal_only() -> None:
     tested = np.stack([known[3], other, nearly, brighter])
     assert find_twins(tested, known).tolist() == [True, False, True, False]
     assert find_twins(tested, known[:0]).tolist() == [False] * 4
+
+
+def test_another_take_of_a_scene_is_a_seen_scene_whatever_its_exposure() -> None:
+    rng = np.random.default_rng(0)
+    looks = rng.integers(40, 200, (3, 16, 16, 3)).astype(np.uint8)
+    darker = (looks[:1] * 0.5 + rng.normal(0, 2, looks[:1].shape)).astype(np.uint8)
+    tested = np.concatenate([darker, looks[2:]])
+    assert seen_scenes(tested, looks[:2], 0.98).tolist() == [True, False]
+    assert find_twins(tested, looks[:2]).tolist() == [False, False]
+    assert seen_scenes(tested, looks[:0], 0.98).tolist() == [False, False]
