@@ -25,6 +25,7 @@ from support.decoding import VIDEO_SUFFIXES
 
 av = pytest.importorskip("av", reason="the optional package av is not installed")
 
+import clip_output  # noqa: E402
 import enhance_video  # noqa: E402
 
 SCENE = dark_picture(target_picture(4, 64, 80))
@@ -127,7 +128,7 @@ def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> Non
     assert np.abs(frames[0] - expected).mean() < 5  # it is the enhancement, H.264 apart
     assert np.abs((frames[0] - expected).mean((0, 1))).max() < 2
     with av.open(str(tmp_path / "out.mp4")) as reading:  # players need not guess what RGB it means
-        assert next(reading.decode(video=0)).colorspace == enhance_video.Colorspace.ITU709
+        assert next(reading.decode(video=0)).colorspace == clip_output.Colorspace.ITU709
 
 
 def test_noise_does_not_boil_unless_it_is_asked_for() -> None:
@@ -214,7 +215,7 @@ def test_frames_keep_their_own_times(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_frames_at_one_moment_are_put_apart(checkpoint: Path, tmp_path: Path) -> None:
-    output = enhance_video.Output(tmp_path / "o.mp4", Fraction(25), Fraction(1, 25), [])
+    output = clip_output.Output(tmp_path / "o.mp4", Fraction(25), Fraction(1, 25), [])
     for moment in (3, 3, None, 1, 9):
         output.frame(SCENE, moment)
     output.finish()
