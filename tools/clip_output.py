@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,60 +11,115 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
+from clip_input import EXACT, Clip
+
+from support.settings import UserError
 
 # of libx264 and libvpx-vp9: nearly lossless, as the frames may be graded or encoded again
 CODECS = {".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1", "cpu-used": "4"})}
-CODECS[".avi"] = ("libx264", {"crf": "16", "bf": "0"})  # it has no room for frames out of order
-H264 = ("libx264", {"crf": "16"})
+# frames in order: AVI has no room for others, and MP4 loses the end where frames are uneven
+H264 = ("libx264", {"crf": "16", "bf": "0"})
+BLOCKS = ("mp3", "ac3")
+TRACK_TAGS = ("language", "title")
 
 
 class Output:
-    """The clip that is written. Its streams must all be there before the first packet is: sound
-    that comes earlier waits for the first frame, which says how large the picture is."""
+    """The clip that is written, closed at the end of a with block. Raises UserError.
 
-    def __init__(self, path: Path, rate: Fraction, time_base: Fraction, sounds: Sequence[Any]):
-        self.container: Any = av.open(str(path), "w")
-        self.codec, self.options = CODECS.get(path.suffix.lower(), H264)
-        self.rate, self.time_base, self.sounds = rate, time_base, sounds
+    Its streams must all be there before the first packet is: sound that comes earlier waits for the
+    first frame, which says how large the picture is. The clip begins at 0, whenever `clip` does.
+    """
+
+    def __init__(self, path: Path, target: Path, clip: Clip) -> None:
+        self.clip, self.target = clip, target
+        with self._writing():
+            self.container: Any = av.open(f"file:{path}", "w")
+        self.container.metadata.update(clip.tags)
+        suffix = path.suffix.lower()
+        self.codec, self.options = CODECS.get(suffix, H264)
+        # AVI knows no times, only a rate
+        self.time_base: Fraction = 1 / clip.rate if suffix == ".avi" else clip.video.time_base
+        self.step = max(1, round(1 / (clip.rate * self.time_base)))
         self.video: Any = None
         self.last = -1  # time of the frame before
         self.waiting: list[Any] = []
         self.copied, self.converted = dict[int, Any](), dict[int, Any]()
 
-    def _begin(self, height: int, width: int) -> None:
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if problem[0] is None:
+            self._finish()
+            return
+        with suppress(av.FFmpegError):  # the problem is told, not what follows from it
+            self.container.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error in here is the output's."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            reason, hint = error.strerror, "check the folder and the free space"
+            raise UserError(f"{self.target}: cannot write the clip ({reason}); {hint}") from None
+
+    def _begin(self, height: int, width: int, shape: Fraction) -> None:
         """Add the streams."""
-        self.video = self.container.add_stream(self.codec, rate=self.rate, options=self.options)
+        rate = self.clip.rate
+        self.video = self.container.add_stream(self.codec, rate=rate, options=self.options)
         self.video.height, self.video.width, self.video.pix_fmt = height, width, "yuv420p"
         context = self.video.codec_context
         context.time_base, context.colorspace = self.time_base, Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        for sound in self.sounds:
-            if sound.codec_context.codec.canonical_name in self.container.supported_codecs:
-                self.copied[sound.index] = self.container.add_stream_from_template(sound)
+        context.color_range, context.sample_aspect_ratio = ColorRange.MPEG, shape
+        for sound in self.clip.sounds:
+            if self._holds(sound):
+                track = self.copied[sound.index] = self.container.add_stream_from_template(sound)
             else:
-                self.converted[sound.index] = self._converter(sound)
+                track = self.converted[sound.index] = self._converter(sound)
+            track.metadata.update({k: v for k, v in sound.metadata.items() if k in TRACK_TAGS})
+
+    def _holds(self, sound: Any) -> bool:
+        """Whether the output's format takes a sound as it is. From AVI to AVI, FFmpeg would write a
+        wrong length for codecs whose block size AVI names."""
+        codec = sound.codec_context.codec.canonical_name
+        blocks = self.clip.untimed and self.container.format.name == "avi" and codec in BLOCKS
+        return not blocks and codec in self.container.supported_codecs
 
     def _converter(self, sound: Any) -> Any:
         """A new stream of the format's own codec for a sound that it cannot hold as it is."""
-        codec = {"vorbis": "libopus"}.get(name := self.container.default_audio_codec, name)
+        own = sound.codec_context.codec.canonical_name
+        kept = own in BLOCKS and own in self.container.supported_codecs
+        codec = own if kept else self.container.default_audio_codec
+        codec = {"vorbis": "libopus", "mp3": "libmp3lame"}.get(codec, codec)
         known = av.Codec(codec, "w").audio_rates
         rate = sound.rate if not known or sound.rate in known else max(known)
-        return self.container.add_stream(codec, rate=rate, layout=sound.layout.name)
+        layout = sound.layout.name.replace("(side)", "")  # which Opus has no room for
+        bits = 96_000 * sound.channels
+        return self.container.add_stream(codec, rate=rate, layout=layout, bit_rate=bits)
 
-    def frame(self, pixels: np.ndarray, moment: int | None) -> None:
-        """Add a picture at `moment`, in units of `time_base`, None for the next one's turn."""
-        step = max(1, round(1 / self.rate / self.time_base))
+    def frame(self, pixels: np.ndarray, source: Any) -> None:
+        """Add the picture that is made of the frame `source`, at its time."""
         if self.video is None:
-            self._begin(*pixels.shape[:2])
-            self.last = (moment or 0) - step
+            self._begin(pixels.shape[0], pixels.shape[1], self.clip.shape(source))
+        moment = source.pts
+        if moment is not None:
+            moment = round((moment * source.time_base - self.clip.start) / self.time_base)
+            # two frames at one moment, which damaged clips have, no format can hold
+            self.last = max(self.last + 1, moment)
+        else:
+            self.last = self.last + self.step if self.last >= 0 else 0
         # untagged, players would guess the matrix by the size of the picture
         picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        picture = picture.reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=EXACT
+        )
         picture.colorspace = Colorspace.ITU709
-        # two frames at one moment, which damaged clips have, no format can hold
-        self.last = max(self.last + 1, moment) if moment is not None else self.last + step
         picture.pts, picture.time_base = self.last, self.time_base
-        self.container.mux(self.video.encode(picture))
+        lasts = (source.duration or 0) * source.time_base if source.time_base else 0
+        picture.duration = round(lasts / self.time_base) or self.step
+        with self._writing():
+            self.container.mux(self.video.encode(picture))
         waiting, self.waiting = self.waiting, []
         for packet in waiting:
             self.sound(packet)
@@ -72,16 +128,25 @@ class Output:
         """Add a packet of sound."""
         if self.video is None:
             self.waiting.append(packet)
-        elif packet.stream.index in self.converted:
+            return
+        shift = round(self.clip.start / packet.time_base) if packet.time_base else 0
+        if packet.stream.index in self.converted:
             stream = self.converted[packet.stream.index]
             for frame in packet.decode():
-                self.container.mux(stream.encode(frame))
+                if frame.pts is not None:
+                    frame.pts -= round(self.clip.start / frame.time_base)
+                with self._writing():
+                    self.container.mux(stream.encode(frame))
         elif packet.dts is not None:  # the last one is empty
             packet.stream = self.copied[packet.stream.index]
-            self.container.mux(packet)
+            packet.dts -= shift
+            packet.pts = None if packet.pts is None else packet.pts - shift
+            with self._writing():
+                self.container.mux(packet)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """What the encoders still hold, and the file's end."""
-        for stream in (self.video, *self.converted.values()):
-            self.container.mux(stream.encode())
-        self.container.close()
+        with self._writing():
+            for stream in filter(None, (self.video, *self.converted.values())):
+                self.container.mux(stream.encode())
+            self.container.close()

@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
     import av
+    from clip_input import Clip, upright
     from clip_output import Output
 except ImportError:
     sys.exit(complain(UserError("clips need the package av; run pip install av")))
@@ -101,92 +101,62 @@ class FrameEnhancer:
 
 
 class Told(NamedTuple):
-    """What became of a clip: (height, width), number of frames, how many it says it has (None where
-    it does not), sums of their mean brightness, the camera whose network served it."""
+    """What became of a clip: (height, width), number of frames, sums of their mean brightness, the
+    camera whose network served it."""
 
     size: tuple[int, int] = (0, 0)
     frames: int = 0
-    expected: int | None = None
     before: float = 0.0
     after: float = 0.0
     camera: str = ""
 
 
-def upright(frame: Any) -> np.ndarray:
-    """(H, W, 3) uint8 of a frame as it is to be seen, of even sides, as H.264 needs them."""
-    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    height, width = turned.shape[0] // 2 * 2, turned.shape[1] // 2 * 2
-    return np.ascontiguousarray(turned[:height, :width])
-
-
-def transfer(reading: Any, source: Path, path: Path, loaded: ms.Loaded, wish: Wish) -> Told:
-    """Write the clip that is open in `reading` to `path`, enhanced. Raises UserError."""
-    if not reading.streams.video:
-        raise UserError(f"{source}: holds no moving picture")
-    video, sounds = reading.streams.video[0], list(reading.streams.audio[:1])
-    rate = video.average_rate or Fraction(25)
-    enhance = FrameEnhancer(loaded, wish, float(rate))
-    # AVI knows no times, only a rate
-    time_base = 1 / rate if path.suffix.lower() == ".avi" else video.time_base
-    expected = video.frames or round((video.duration or 0) * video.time_base * rate) or None
-    if not sounds:  # whose length the whole clip's would be, too
-        expected = expected or round((reading.duration or 0) * rate / av.time_base) or None
-    output, told = Output(path, rate, time_base, sounds), Told(expected=expected)
-    total = expected or round((reading.duration or 0) * rate / av.time_base) or None
+def transfer(clip: Clip, output: Output, loaded: ms.Loaded, wish: Wish) -> Told:
+    """Write `clip` to `output`, enhanced. Raises UserError."""
+    enhance, told, source = FrameEnhancer(loaded, wish, float(clip.rate)), Told(), clip.source
     style = progress_style()
-    try:
-        with tqdm(total=total, desc=source.name, unit="frame", leave=False, **style) as bar:
-            for packet in reading.demux(video, *sounds):
-                if packet.stream is not video:
-                    output.sound(packet)
-                    continue
-                for frame in packet.decode():
-                    pixels = upright(frame)
-                    if min(pixels.shape[:2]) < 16:
-                        size = f"{frame.width}x{frame.height}"
-                        raise UserError(f"{source}: {size} is too small; the least side is 16")
-                    if told.frames and pixels.shape[:2] != told.size:
-                        raise UserError(f"{source}: its frames change their size; cut it there")
-                    levels = enhance(pixels)
-                    moment = frame.pts
-                    if moment is not None:
-                        moment = round(moment * frame.time_base / time_base)
-                    output.frame(levels, moment)
-                    before, after = pixels.mean() / 255, levels.mean() / 255
-                    sums = (told.before + before, told.after + after)
-                    told = Told(pixels.shape[:2], told.frames + 1, expected, *sums, enhance.camera)
-                    bar.update()
-        if not told.frames:
-            raise UserError(f"{source}: holds no frame that can be read")
-        output.finish()
-    finally:
-        output.container.close()
+    style["delay"] = style["mininterval"]  # a short clip of a folder needs no bar of its own
+    with tqdm(total=clip.total, desc=source.name, unit="frame", leave=False, **style) as bar:
+        for part in clip.parts():
+            if not isinstance(part, av.VideoFrame):
+                output.sound(part)
+                continue
+            pixels = upright(part)
+            if min(pixels.shape[:2]) < 16:
+                size = f"{part.width}x{part.height}"
+                raise UserError(f"{source}: {size} is too small; the least side is 16")
+            if told.frames and pixels.shape[:2] != told.size:
+                raise UserError(f"{source}: its frames change their size; cut it there")
+            levels = enhance(pixels)
+            output.frame(levels, part)
+            sums = (told.before + pixels.mean() / 255, told.after + levels.mean() / 255)
+            told = Told(pixels.shape[:2], told.frames + 1, *sums, enhance.camera)
+            bar.update()
+    if not told.frames:
+        raise UserError(f"{source}: holds no frame that can be read; replace it or remove it")
     return told
 
 
 def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> dict[str, Any]:
     """Enhance one clip; returns its row of enhance.csv. Raises UserError."""
     started = time.perf_counter()
-    problem = f"{source}: cannot read or write the clip"
+    problem, hint = f"{source}: cannot read the clip", "replace it or remove it"
     try:
-        with av.open(str(source)) as reading, atomic_path(target) as temporary:
-            try:
-                told = transfer(reading, source, temporary, loaded, wish)
-            except OSError as error:  # before atomic_path takes it for the target's
-                raise UserError(f"{problem} ({error.strerror})") from None
-    except UserError:
-        raise
+        with Clip(source) as clip, atomic_path(target) as temporary:
+            with Output(temporary, target, clip) as output:
+                told = transfer(clip, output, loaded, wish)
+            missing = clip.missing(told.frames)
     except av.FFmpegError as error:
-        raise UserError(f"{problem} ({error.strerror})") from None
+        raise UserError(f"{problem} ({error.strerror}); {hint}") from None
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise UserError(f"{source}: not enough memory; lower memory_megabytes") from None
+    except UserError:
+        raise
     except DAMAGE as error:
-        raise UserError(f"{problem} ({type(error).__name__}: {error})") from None
-    note = f"{told.frames} frames"
-    if told.expected and told.frames < 0.9 * told.expected:
-        note += f" of about {told.expected}: the rest cannot be read"
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); {hint}") from None
+    frames = f"{told.frames} frame" + "s" * (told.frames != 1)
     return {
         "file": str(source),
         "output": str(target),
@@ -197,7 +167,7 @@ def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> d
         "brightness_after": round(told.after / told.frames, 5),
         "deviation": "",
         "camera": told.camera,
-        "note": note,
+        "note": frames + missing,
     }
 
 
