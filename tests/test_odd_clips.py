@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cli_tools import environment, files_under
-from conftest import ROOT
+from cli_tools import files_under, run_tool
 from test_enhance import small_model
 
 from support.checkpoints import save_checkpoint
@@ -90,11 +88,9 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     model, weights = small_model(flow_channels=8, num_flow_blocks=1), folder / "weights.pth"
     content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
     save_checkpoint(weights, {**content, "run_id": "r", "epoch": 1})
-    tool = [sys.executable, str(ROOT / "tools" / "enhance_video.py"), "--checkpoint", str(weights)]
-    own = ["--per_frame", "--set", "strength=0", "--set", "device=cpu"]
-    command = [*tool, "--input", str(folder), "--output", str(out), *own]
-    given: dict[str, Any] = {"env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=120, **given)
+    files = ("--checkpoint", weights, "--input", folder, "--output", out)
+    own = ("--per_frame", "--set", "strength=0", "--set", "device=cpu")
+    done = run_tool("enhance_video.py", *files, *own, cwd=out)
     with open(out / "enhance.csv", newline="", encoding="utf-8") as stream:
         rows = {Path(row["file"]).name: row for row in csv.DictReader(stream)}
     return Trial(folder, out, odd, done, rows)

@@ -273,7 +273,7 @@ def test_a_broken_clip_does_not_end_a_folder(
     save_picture(album / "picture.png", SCENE)
     assert enhance(checkpoint, album, out) == 1
     printed = capsys.readouterr()
-    assert "2 enhanced, 3 failed" in printed.out
+    assert "2 clips enhanced, 3 failed" in printed.out
     assert files_under(out) == {"a.mp4", "deep", "deep/b.mkv", "enhance.csv"}
     rows = rows_of(out)
     assert rows["a.mp4"]["note"] == "4 frames" and float(rows["a.mp4"]["brightness_after"]) > 0

@@ -173,7 +173,7 @@ def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> d
 
 def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     """Enhance what --input means; returns the exit status."""
-    jobs = find_jobs(arguments.input, arguments.output, VIDEO_SUFFIXES)
+    jobs, left = find_jobs(arguments.input, arguments.output, VIDEO_SUFFIXES)
     system = system_of(arguments.checkpoint)
     if not issubclass(system, ms.ConditionalFlow):
         hint = "has no view of the whole to smooth over time; give it single pictures"
@@ -189,7 +189,7 @@ def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     if means_many(arguments.input):
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
         made_with += " per frame" if wish.per_frame else ""
-        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, left)
     if rank():  # one clip is one process's work
         return 0
     row = work(*jobs[0])
