@@ -101,6 +101,7 @@ def write(
 ) -> None:
     """An almost lossless clip."""
     times = list(moments) or [start + float(place / Fraction(rate)) for place in range(len(frames))]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=kind, options=options or {}) as writing:
         writing.metadata.update(tags or {})
         video: Any = writing.add_stream(

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import signal
 import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cli_tools import files_under, run_tool
+from cli_tools import assert_one_line_error, environment, files_under, run_tool, stop_when
+from conftest import ROOT
 from test_enhance import small_model
 
 from support.checkpoints import save_checkpoint
 
 av = pytest.importorskip("av", reason="the optional package av is not installed")
 
-from odd_clips import CLIPS, TAGS, Odd  # noqa: E402
+import enhance_video  # noqa: E402
+from odd_clips import AAC, CLIPS, TAGS, Odd, Sound, scenes, write  # noqa: E402
 
 
 class Track(NamedTuple):
@@ -139,3 +143,123 @@ def test_an_odd_clip_is_whole_or_refused(trial: Trial, name: str) -> None:
             np.testing.assert_array_equal(one.samples, other.samples)
         late = 0.041 if name.endswith(".avi") else 1.5e-3  # FFmpeg reads its frames late
         assert other.begins - times[0] == pytest.approx(one.begins - source[0], abs=late)
+
+
+# from one format to another ----------------------------------------------------------------------
+
+
+def convert(checkpoint: Path, source: Path, target: Path) -> int:
+    words = ["--checkpoint", checkpoint, "--input", source, "--output", target, "--per_frame"]
+    return enhance_video.main([*map(str, words), "--set", "device=cpu"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trial: Trial) -> Path:
+    return trial.folder / "weights.pth"
+
+
+def test_every_track_is_converted_whole_and_at_its_time(checkpoint: Path, tmp_path: Path) -> None:
+    sounds = Sound("flac", start=0.2, language="eng"), Sound("libmp3lame", language="deu")
+    write(tmp_path / "in.mkv", scenes(), *sounds)
+    before = show(tmp_path / "in.mkv")
+    for name, codec in (("out.webm", "opus"), ("out.m4v", "aac")):
+        assert convert(checkpoint, tmp_path / "in.mkv", tmp_path / name) == 0
+        after = show(tmp_path / name)
+        assert [sound[:2] for sound in after.sounds] == [(codec, "eng"), (codec, "deu")]
+        for one, other in zip(before.sounds, after.sounds, strict=True):
+            # the encoder's lead-in may stay in
+            assert other.samples.shape[1] == pytest.approx(one.samples.shape[1], abs=1400)
+            lead = other.begins - after.times[0] - one.begins
+            assert lead == pytest.approx(0, abs=0.025)
+
+
+def test_sound_around_is_converted(checkpoint: Path, tmp_path: Path) -> None:
+    """Television's 5.1 channels go by another name in Opus."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as writing:
+        video = writing.add_stream("libx264", rate=25)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        track = writing.add_stream("ac3", rate=48000, layout="5.1(side)")
+        quiet = av.AudioFrame.from_ndarray(
+            np.zeros((6, 9600), np.float32), format="fltp", layout="5.1(side)"
+        )
+        quiet.sample_rate, quiet.pts = 48000, 0
+        packets = [*track.encode(quiet), *track.encode(None)]
+        for pixels in scenes():
+            packets += video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
+        for packet in packets + video.encode(None):
+            writing.mux(packet)
+    assert convert(checkpoint, tmp_path / "in.mkv", tmp_path / "out.webm") == 0
+    (sound,) = show(tmp_path / "out.webm").sounds
+    assert sound.codec == "opus" and sound.samples.size >= 9600
+
+
+def test_avi_refuses_sound_that_begins_late(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "in.mkv", scenes(), Sound("aac", start=0.3))
+    status = convert(checkpoint, tmp_path / "in.mkv", tmp_path / "out.avi")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert_one_line_error(status, error, "out.avi", "late", ".mkv")
+    assert files_under(tmp_path) == {"in.mkv"}
+
+
+# a stop, and a full disk -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_full_disk_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    """It is the output that is named, and nothing half-written stays."""
+    resource = pytest.importorskip("resource", reason="limits of files need POSIX")
+    write(tmp_path / "in.mp4", scenes(count=3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        status = convert(checkpoint, tmp_path / "in.mp4", tmp_path / f"out{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert_one_line_error(status, error, f"out{suffix}", "cannot write", "free space")
+    assert files_under(tmp_path) == {"in.mp4"}
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in.mp4", scenes(count=600), AAC, quality={"preset": "ultrafast"})
+    tool = str(ROOT / "tools" / "enhance_video.py")
+    words = ["--checkpoint", str(checkpoint), "--input", "in.mp4", "--output", "out/it.mp4"]
+    command = [sys.executable, tool, *words, "--set", "device=cpu"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes) as process:
+        half = tmp_path / "out" / f".it.{process.pid}.mp4"
+        printed = stop_when(process, half, signal.SIGINT)
+    assert process.returncode == 130 and printed.splitlines()[-1].endswith("interrupted")
+    assert "Traceback" not in printed and files_under(tmp_path) == {"in.mp4", "out"}
+
+
+# a folder again -----------------------------------------------------------------------------------
+
+
+def test_a_folder_of_clips_keeps_a_journal(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the rules and words of pictures: by input, weights and settings."""
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / "in" / name, scenes(count=2))
+
+    def again(*settings: str) -> str:
+        words = ["--checkpoint", checkpoint, "--input", tmp_path / "in", "--output", tmp_path / "o"]
+        assert enhance_video.main([*map(str, words), "--set", "device=cpu", *settings]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert again() == "2 clips: 2 new"
+    assert again() == "2 clips: 2 already done"
+    for given in (["--per_frame"], [], ["--set", "exposure=1"], ["--set", "strength=0.5"]):
+        assert again(*given) == "2 clips: 2 again, for other weights or settings"
+    write(tmp_path / "in" / "b.mp4", scenes(count=3))
+    last = again("--set", "strength=0.5")
+    assert last == "2 clips: 1 already done, 1 again, for a changed input"
+    (tmp_path / "o" / "a.mp4").unlink()
+    assert again("--set", "strength=0.5") == "2 clips: 1 new, 1 already done"
+    (tmp_path / "o" / ".enhance.jsonl").unlink()
+    assert "2 kept, as they were not made here" in again()

@@ -20,6 +20,7 @@ CODECS = {".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1", "cpu-us
 # frames in order: AVI has no room for others, and MP4 loses the end where frames are uneven
 H264 = ("libx264", {"crf": "16", "bf": "0"})
 BLOCKS = ("mp3", "ac3")
+LATE = Fraction(1, 10)  # seconds of sound that starts after the picture
 TRACK_TAGS = ("language", "title")
 
 
@@ -37,12 +38,13 @@ class Output:
         self.container.metadata.update(clip.tags)
         suffix = path.suffix.lower()
         self.codec, self.options = CODECS.get(suffix, H264)
-        # AVI knows no times, only a rate
-        self.time_base: Fraction = 1 / clip.rate if suffix == ".avi" else clip.video.time_base
+        self.untimed = suffix == ".avi"  # it knows no times, only rates
+        self.time_base: Fraction = 1 / clip.rate if self.untimed else clip.video.time_base
         self.step = max(1, round(1 / (clip.rate * self.time_base)))
         self.video: Any = None
         self.last = -1  # time of the frame before
         self.waiting: list[Any] = []
+        self.begun: set[int] = set()  # tracks of sound
         self.copied, self.converted = dict[int, Any](), dict[int, Any]()
 
     def __enter__(self) -> Output:
@@ -83,7 +85,7 @@ class Output:
         """Whether the output's format takes a sound as it is. From AVI to AVI, FFmpeg would write a
         wrong length for codecs whose block size AVI names."""
         codec = sound.codec_context.codec.canonical_name
-        blocks = self.clip.untimed and self.container.format.name == "avi" and codec in BLOCKS
+        blocks = self.clip.untimed and self.untimed and codec in BLOCKS
         return not blocks and codec in self.container.supported_codecs
 
     def _converter(self, sound: Any) -> Any:
@@ -129,6 +131,11 @@ class Output:
         if self.video is None:
             self.waiting.append(packet)
             return
+        if self.untimed and packet.stream.index not in self.begun and packet.pts is not None:
+            self.begun.add(packet.stream.index)
+            if (late := packet.pts * packet.time_base - self.clip.start) > LATE:
+                problem = f"AVI has no room for sound that begins {float(late):.2f} s late"
+                raise UserError(f"{self.target}: {problem}; name the output .mkv or .mp4")
         shift = round(self.clip.start / packet.time_base) if packet.time_base else 0
         if packet.stream.index in self.converted:
             stream = self.converted[packet.stream.index]
