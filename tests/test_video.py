@@ -320,14 +320,22 @@ def test_the_bar_counts_frames_even_where_the_clip_does_not(
 # mistakes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["broken", "missing", "still", "sound alone", "small", "itself"])
+@pytest.mark.parametrize(
+    "kind",
+    ["broken", "empty", "picture", "missing", "still", "sound alone", "small", "itself"],
+)
 def test_mistakes_are_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     source, target = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    words = {"still": ".mp4", "itself": "itself", "small": "least side"}.get(kind, str(source))
+    words = {"still": ".mp4", "itself": "itself", "small": "least side", "empty": "empty"}
+    words["picture"] = "model_script.py --mode enhance"
     if kind == "broken":
         source.write_bytes(b"no clip at all" * 50)
+    elif kind == "empty":
+        source.write_bytes(b"")
+    elif kind == "picture":
+        save_picture(tmp_path / "picture.png", SCENE).rename(source)
     elif kind == "sound alone":
         with av.open(str(source), "w") as writing:
             audio = writing.add_stream("aac", rate=48000, layout="mono")
@@ -342,7 +350,7 @@ def test_mistakes_are_one_line(
     before = files_under(tmp_path)
     status = enhance(checkpoint, source, target)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert_one_line_error(status, error, words)
+    assert_one_line_error(status, error, words.get(kind, str(source)))
     assert files_under(tmp_path) == before
 
 

@@ -75,10 +75,11 @@ def refusal(source: Path, error: Any) -> UserError:
 class Clip:
     """A clip that is open for reading; closed at the end of a with block. Raises UserError.
 
-    expected  number of frames that it says it has, None where it does not
-    total     the same, or a guess by the length of its sound
-    start     seconds at which it begins, of both picture and sound
-    lost      number of frames that could not be read so far
+    total    number of frames that it says it has, or about that by its length; None without either
+    start    seconds at which it begins, of both picture and sound
+    seconds  how long it says it is
+    reached  how long it is as far as it could be read, in seconds
+    lost     number of packets that could not be read so far
     """
 
     def __init__(self, source: Path) -> None:
@@ -100,14 +101,14 @@ class Clip:
         self.seconds = Fraction(self.container.duration or 0, av.time_base)
         if "matroska" in self.container.format.name:  # which counts from 0, whenever it begins
             self.seconds = max(Fraction(0), self.seconds - self.start)
-        self.reached = Fraction(0)
-        self.lost = 0
+        # captions may last longer than what is read here
+        lengths = [s.duration * s.time_base for s in (video, *self.sounds) if s.duration]
+        self.seconds = max(lengths, default=self.seconds)
+        self.reached, self.lost = Fraction(0), 0
         # AVI has no times; those that FFmpeg gives its frames are late by the decoder's delay
         self.untimed = self.container.format.name == "avi"
-        by_time = round((video.duration or 0) * video.time_base * self.rate)
-        whole = round(self.seconds * self.rate)
-        self.expected = video.frames or by_time or (None if self.sounds else whole or None)
-        self.total = self.expected or whole or None
+        own = video.duration * video.time_base if video.duration else self.seconds
+        self.total = video.frames or round(own * self.rate) or None
 
     def __enter__(self) -> Clip:
         return self
@@ -137,22 +138,23 @@ class Clip:
                 if not packet.is_corrupt:
                     yield packet
                 continue
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                self.lost += 1
-                continue
-            for frame in frames:
+            for frame in self.decoded(packet):
                 if self.untimed and frame.pts is not None:
                     first = frame.pts if first is None else first
                     frame.pts -= first
                 yield frame
 
+    def decoded(self, packet: Any) -> list[Any]:
+        """The frames of a packet, none where it is broken."""
+        try:
+            return packet.decode()
+        except av.error.InvalidDataError:
+            self.lost += 1
+            return []
+
     def missing(self, count: int) -> str:
         """What there is to say where `count` frames are not all."""
-        expected = self.expected
         if 0 < self.reached < 0.9 * self.seconds:
-            expected = max(expected or 0, round(count * self.seconds / self.reached))
-        if expected and count < 0.9 * expected:
+            expected = max(self.total or 0, round(count * self.seconds / self.reached))
             return f" of about {expected}: the rest cannot be read"
-        return f"; {self.lost} more cannot be read" if self.lost else ""
+        return f"; {self.lost} parts of the file cannot be read" if self.lost else ""

@@ -139,7 +139,7 @@ class Output:
         shift = round(self.clip.start / packet.time_base) if packet.time_base else 0
         if packet.stream.index in self.converted:
             stream = self.converted[packet.stream.index]
-            for frame in packet.decode():
+            for frame in self.clip.decoded(packet):
                 if frame.pts is not None:
                     frame.pts -= round(self.clip.start / frame.time_base)
                 with self._writing():
