@@ -140,7 +140,9 @@ def test_an_odd_clip_is_whole_or_refused(trial: Trial, name: str) -> None:
         if name.endswith(".avi"):  # made anew
             assert one.samples.shape == pytest.approx(other.samples.shape, abs=2400)
         else:
-            np.testing.assert_array_equal(one.samples, other.samples)
+            # AAC draws its noise by what was decoded before
+            noise = 0.02 if name == "trimmed.mp4" else 0
+            np.testing.assert_allclose(one.samples, other.samples, rtol=0, atol=noise)
         late = 0.041 if name.endswith(".avi") else 1.5e-3  # FFmpeg reads its frames late
         assert other.begins - times[0] == pytest.approx(one.begins - source[0], abs=late)
 
@@ -171,6 +173,14 @@ def test_every_track_is_converted_whole_and_at_its_time(checkpoint: Path, tmp_pa
             assert other.samples.shape[1] == pytest.approx(one.samples.shape[1], abs=1400)
             lead = other.begins - after.times[0] - one.begins
             assert lead == pytest.approx(0, abs=0.025)
+
+
+def test_what_was_trimmed_stays_unheard(trial: Trial, checkpoint: Path, tmp_path: Path) -> None:
+    assert convert(checkpoint, trial.folder / "trimmed.mp4", tmp_path / "out.mkv") == 0
+    after = show(tmp_path / "out.mkv")
+    assert len(after.frames) == 5 and after.times[0] < 0.05 and after.length < 0.3
+    (sound,) = after.sounds
+    assert after.times[0] - sound.begins == pytest.approx(0.03, abs=0.02)
 
 
 def test_sound_around_is_converted(checkpoint: Path, tmp_path: Path) -> None:

@@ -131,11 +131,18 @@ class Clip:
         """Its frames and its packets of sound, in the file's order."""
         first: int | None = None
         for packet in self.container.demux(self.video, *self.sounds):
+            ends = begins = self.start
             if packet.pts is not None and packet.time_base:
-                ends = (packet.pts + (packet.duration or 0)) * packet.time_base
+                begins, lasts = (
+                    packet.pts * packet.time_base,
+                    (packet.duration or 0) * packet.time_base,
+                )
+                ends = begins + lasts
                 self.reached = max(self.reached, ends - self.start)
             if packet.stream is not self.video:
-                if not packet.is_corrupt:
+                # of a clip that was trimmed, what is before its start stays unheard; but for two
+                # packets, which a decoder needs to begin
+                if not packet.is_corrupt and 2 * ends - begins >= self.start:
                     yield packet
                 continue
             for frame in self.decoded(packet):
