@@ -7,8 +7,8 @@
 Brightness and white balance are averaged over half a second: they follow the scene, not the noise.
 What stands still is averaged over about twelve frames, which stops its noise from boiling; what
 moves is left as it is.
-The result is H.264, in .webm VP9; an odd side loses a row or column. Sound is copied where the
-output's format can hold it, and else converted.
+The result is H.264, in .webm VP9; an odd side loses a row or column. Every track of sound is copied
+where the output's format can hold it, and else converted.
 """
 
 from __future__ import annotations
