@@ -98,6 +98,7 @@ def write(
     options: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
     cover: bool = False,
+    curve: int | None = None,
     quality: dict[str, str] | None = None,
 ) -> None:
     """An almost lossless clip."""
@@ -112,6 +113,8 @@ def write(
         fine = moments or start
         base = Fraction(1, 1000) if fine else 1 / Fraction(rate)
         video.codec_context.time_base = base
+        if curve is not None:
+            video.codec_context.color_trc = curve
         if shape is not None:
             video.codec_context.sample_aspect_ratio = shape
         if turn is not None:
@@ -192,6 +195,7 @@ plain("one frame.webm", count=1, codec="libvpx-vp9")
 plain("vp9.webm", OPUS, codec="libvpx-vp9")
 plain("raw sound.mov", Sound("pcm_s16le"))
 plain("ten bits.mkv", Sound("flac"), pixel="yuv420p10le")
+plain("high dynamic range.mkv", pixel="yuv420p10le", curve=18)
 plain("fifty a second.mp4", AAC, rate=50)
 plain("film of television.mp4", AAC, rate=Fraction(30000, 1001))
 plain("from ten seconds.mkv", Sound("libopus", start=10.0), start=10.0)

@@ -27,6 +27,7 @@ EXACT = (
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
 )
+HDR = (16, 18)  # FFmpeg's numbers of the curves PQ and HLG
 UNTAGGED = 2  # FFmpeg's number of a matrix that a frame does not name
 KEPT_OUT = (
     "major_brand",
@@ -159,8 +160,13 @@ class Clip:
             self.lost += 1
             return []
 
-    def missing(self, count: int) -> str:
-        """What there is to say where `count` frames are not all."""
+    def remarks(self, count: int) -> str:
+        """What is to be said of a clip that gave `count` frames."""
+        hdr = self.video.codec_context.color_trc in HDR
+        return self._missing(count) + ("; HDR is taken as ordinary colours" if hdr else "")
+
+    def _missing(self, count: int) -> str:
+        """What is to be said where `count` frames are not all."""
         if 0 < self.reached < 0.9 * self.seconds:
             expected = max(self.total or 0, round(count * self.seconds / self.reached))
             return f" of about {expected}: the rest cannot be read"

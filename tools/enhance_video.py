@@ -145,7 +145,7 @@ def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> d
         with Clip(source) as clip, atomic_path(target) as temporary:
             with Output(temporary, target, clip) as output:
                 told = transfer(clip, output, loaded, wish)
-            missing = clip.missing(told.frames)
+            remarks = clip.remarks(told.frames)
     except av.FFmpegError as error:
         raise UserError(f"{problem} ({error.strerror}); {hint}") from None
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
@@ -167,7 +167,7 @@ def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> d
         "brightness_after": round(told.after / told.frames, 5),
         "deviation": "",
         "camera": told.camera,
-        "note": frames + missing,
+        "note": frames + remarks,
     }
 
 
