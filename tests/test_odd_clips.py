@@ -175,6 +175,27 @@ def test_every_track_is_converted_whole_and_at_its_time(checkpoint: Path, tmp_pa
             assert lead == pytest.approx(0, abs=0.025)
 
 
+@pytest.mark.parametrize(
+    ("sound", "name", "codec"),
+    [
+        ("pcm_u8", "out.mp4", "aac"),
+        ("pcm_s16le", "out.m4v", "aac"),
+        ("pcm_s16be", "out.avi", "mp3"),
+        ("flac", "out.mov", "aac"),
+        ("libopus", "out.mov", "aac"),
+        ("libmp3lame", "out.webm", "opus"),
+    ],
+)
+def test_sound_that_a_format_refuses_is_converted(
+    checkpoint: Path, tmp_path: Path, sound: str, name: str, codec: str
+) -> None:
+    """Also where FFmpeg's list of the format's codecs names it."""
+    write(tmp_path / "in.mkv", scenes(count=3), Sound(sound))
+    assert convert(checkpoint, tmp_path / "in.mkv", tmp_path / name) == 0
+    (after,) = show(tmp_path / name).sounds
+    assert after.codec == codec and after.samples.shape[1] == pytest.approx(19200, abs=2500)
+
+
 def test_what_was_trimmed_stays_unheard(trial: Trial, checkpoint: Path, tmp_path: Path) -> None:
     assert convert(checkpoint, trial.folder / "trimmed.mp4", tmp_path / "out.mkv") == 0
     after = show(tmp_path / "out.mkv")

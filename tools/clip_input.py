@@ -93,7 +93,9 @@ class Clip:
         if video is None or video.disposition & video.disposition.attached_pic:
             self.container.close()
             raise UserError(f"{source}: holds no moving picture")
-        self.source, self.video, self.sounds = source, video, list(self.container.streams.audio)
+        self.source, self.video = source, video
+        heard = self.container.streams.audio  # a track without a rate is empty
+        self.sounds = [sound for sound in heard if not sound.codec_context or sound.rate]
         if any(sound.codec_context is None for sound in self.sounds):
             self.container.close()
             raise UserError(f"{source}: its sound is of an unknown kind; convert it first")

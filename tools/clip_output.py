@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -20,8 +21,21 @@ CODECS = {".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1", "cpu-us
 # frames in order: AVI has no room for others, and MP4 loses the end where frames are uneven
 H264 = ("libx264", {"crf": "16", "bf": "0"})
 BLOCKS = ("mp3", "ac3")
+LAYOUTS = {1: "mono", 2: "stereo"}
 LATE = Fraction(1, 10)  # seconds of sound that starts after the picture
 TRACK_TAGS = ("language", "title")
+
+
+def takes(form: str, sound: Any) -> bool:
+    """Whether files of a format can hold a sound as it is. The list of its codecs names some that
+    it refuses when its header is written."""
+    try:
+        with av.open(io.BytesIO(), "w", format=form) as trial:
+            trial.add_stream_from_template(sound)
+            trial.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
 
 
 class Output:
@@ -63,8 +77,10 @@ class Output:
         try:
             yield
         except (av.FFmpegError, OSError) as error:
-            reason, hint = error.strerror, "check the folder and the free space"
-            raise UserError(f"{self.target}: cannot write the clip ({reason}); {hint}") from None
+            full = isinstance(error, OSError)  # or not there, or not to be written
+            hint = "check the folder and the free space" if full else "name the output .mkv"
+            problem = f"cannot write the clip ({error.strerror})"
+            raise UserError(f"{self.target}: {problem}; {hint}") from None
 
     def _begin(self, height: int, width: int, shape: Fraction) -> None:
         """Add the streams."""
@@ -86,7 +102,7 @@ class Output:
         wrong length for codecs whose block size AVI names."""
         codec = sound.codec_context.codec.canonical_name
         blocks = self.clip.untimed and self.untimed and codec in BLOCKS
-        return not blocks and codec in self.container.supported_codecs
+        return not blocks and takes(self.container.format.name, sound)
 
     def _converter(self, sound: Any) -> Any:
         """A new stream of the format's own codec for a sound that it cannot hold as it is."""
@@ -96,7 +112,8 @@ class Output:
         codec = {"vorbis": "libopus", "mp3": "libmp3lame"}.get(codec, codec)
         known = av.Codec(codec, "w").audio_rates
         rate = sound.rate if not known or sound.rate in known else max(known)
-        layout = sound.layout.name.replace("(side)", "")  # which Opus has no room for
+        # raw sound need not say where its speakers stand; Opus knows none at the side
+        layout = LAYOUTS.get(sound.channels, sound.layout.name).replace("(side)", "")
         bits = 96_000 * sound.channels
         return self.container.add_stream(codec, rate=rate, layout=layout, bit_rate=bits)
 
