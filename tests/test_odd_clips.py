@@ -147,6 +147,13 @@ def test_an_odd_clip_is_whole_or_refused(trial: Trial, name: str) -> None:
         assert other.begins - times[0] == pytest.approx(one.begins - source[0], abs=late)
 
 
+def test_frames_are_not_darkened_on_their_way(trial: Trial) -> None:
+    """Both are read alike here, so what differs is the way through RGB and back."""
+    before, after = (show(folder / "no sound.mp4").frames for folder in trial[:2])
+    for one, other in zip(before, after, strict=True):
+        assert np.abs((other.astype(float) - one).mean((0, 1))).max() < 0.5
+
+
 # from one format to another ----------------------------------------------------------------------
 
 

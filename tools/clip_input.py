@@ -13,20 +13,16 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace
 
 from support.decoding import opened
 from support.settings import UserError
 
 # clips alone: FFmpeg also reads pictures, texts, and lists that name other files
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
-# without these, swscale makes a frame darker by more than one level
-EXACT = (
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
+# swscale's flags bicubic, full_chroma_int, full_chroma_inp and accurate_rnd, which av 17 cannot
+# name; without these a frame gets darker by more than one level
+EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
 HDR = (16, 18)  # FFmpeg's numbers of the curves PQ and HLG
 UNTAGGED = 2  # FFmpeg's number of a matrix that a frame does not name
 KEPT_OUT = (
