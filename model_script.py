@@ -1703,7 +1703,7 @@ def enhance_file(
 def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode enhance: a picture, a folder or a pattern, each at its own resolution."""
     given, many = arguments.input, means_many(arguments.input)
-    jobs = find_jobs(given, arguments.output, SUFFIXES)
+    jobs, left = find_jobs(given, arguments.output, SUFFIXES)
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
     reference = loaded.use.reference
     brightness = float(read_image(reference).mean()) / 255 if reference else None
@@ -1719,7 +1719,7 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
 
     if many:
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
-        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, left)
     if rank():  # one picture is one process's work
         return 0
     row = work(*jobs[0])

@@ -20,13 +20,24 @@ from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
 VIDEO_TOOL = "tools/enhance_video.py"
+Jobs = list[tuple[Path, Path]]  # (input, output) of each file
 
 
-def find_inputs(
-    given: str, output: str, suffixes: Sequence[str] = SUFFIXES
-) -> list[tuple[Path, Path]]:
+def counted(count: int, clips: bool) -> str:
+    """'1 clip', '12 pictures'."""
+    return f"{count} {'clip' if clips else 'picture'}{'' if count == 1 else 's'}"
+
+
+def left_over(count: int, clips: bool) -> str:
+    """What is said of files that are the other command's work; empty where there are none."""
+    command = VIDEO_TOOL if clips else "model_script.py --mode enhance"
+    them = "it" if count == 1 else "them"
+    return f"{counted(count, clips)} left: {command} enhances {them}" if count else ""
+
+
+def find_inputs(given: str, output: str, suffixes: Sequence[str] = SUFFIXES) -> tuple[Jobs, str]:
     """(input, output) of every file of `suffixes` that `given` means: a folder or a pattern such as
-    'in/**/*.jpg'.
+    'in/**/*.jpg'. And what is left for another command, in words.
 
     Folders are searched to any depth and mirrored under `output`; hidden ones, hidden files and
     links to folders, which may run in circles, are left out. Raises UserError when there is none.
@@ -53,20 +64,17 @@ def find_inputs(
     seen = [
         path
         for path in found
-        if path.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES)
+        if path.suffix.lower() in SUFFIXES + VIDEO_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and path.is_file()
         and inside not in path.resolve().parents
     ]
     files = [path for path in seen if path.suffix.lower() in suffixes]
-    clips = len(seen) - len(files)
-    hint = f"{clips} {'clip' if clips == 1 else 'clips'} left out; python {VIDEO_TOOL} does them"
+    left = left_over(len(seen) - len(files), clips=suffixes != VIDEO_SUFFIXES)
     if not files:
         looked = f"the suffixes looked for are {', '.join(suffixes)}"
-        raise UserError(f"--input {given}: nothing found; {hint if clips else looked}")
-    if clips:
-        print(f"{given}: {hint}")
-    return [(path, target / path.relative_to(root)) for path in files]
+        raise UserError(f"--input {given}: nothing found; {left or looked}")
+    return [(path, target / path.relative_to(root)) for path in files], left
 
 
 def one_target(given: str, output: str, suffixes: Sequence[str]) -> Path:
@@ -88,11 +96,12 @@ def means_many(given: str) -> bool:
     return os.path.isdir(given) or (glob.has_magic(given) and not os.path.exists(given))
 
 
-def find_jobs(given: str, output: str, suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
-    """(input, output) of the file, folder or pattern `given`. Raises UserError."""
+def find_jobs(given: str, output: str, suffixes: Sequence[str]) -> tuple[Jobs, str]:
+    """(input, output) of the file, folder or pattern `given`, and what is left for another command,
+    in words. Raises UserError."""
     if means_many(given):
         return find_inputs(given, output, suffixes)
-    return [(Path(given), one_target(given, output, suffixes))]
+    return [(Path(given), one_target(given, output, suffixes))], ""
 
 
 ENHANCE_COLUMNS = (
@@ -115,8 +124,10 @@ def work_off(
     work: Callable[[Path, Path], dict[str, Any]],
     again: bool,
     made_with: str = "",
+    left: str = "",
 ) -> int:
-    """Do every job that is not done, or every one `again`; 1 if any failed.
+    """Do every job that is not done, or every one `again`; 1 if any failed. The last line says what
+    is done, and what is `left` for another command.
 
     Done is what the same input, weights and settings made; `made_with` stands for the last two, see
     `journal.fingerprint`. enhance.csv in `folder` has a row for each, also for those that an
@@ -130,7 +141,8 @@ def work_off(
     done = {job: state for job, state in pairs if state in (journal.DONE, journal.FOREIGN)}
     todo = [job for job in jobs if job not in done]
     counts = [f"{states.count(state)} {state}" for state in journal.STATES if state in states]
-    print(f"{len(jobs)} files: {', '.join(counts)}")
+    clips = all(source.suffix.lower() in VIDEO_SUFFIXES for source, _ in jobs)
+    print(f"{counted(len(jobs), clips)}: {', '.join(counts)}")
     rows: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     try:
@@ -152,6 +164,6 @@ def work_off(
             write_csv(folder / "enhance.csv", order)
     for line in failed if rank() == 0 else []:
         print(f"failed: {line}", file=sys.stderr)
-    count = f"{len(todo) - len(failed)} enhanced, {len(failed)} failed"
-    print(f"{folder}: {count}; enhance.csv lists them")
+    count = f"{counted(len(todo) - len(failed), clips)} enhanced, {len(failed)} failed"
+    print("; ".join(filter(None, (f"{folder}: {count}", "enhance.csv lists them", left))))
     return 1 if failed else 0

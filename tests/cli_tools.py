@@ -65,6 +65,13 @@ def run_script(
     )
 
 
+def run_tool(name: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The finished process of a program in tools/."""
+    words = [sys.executable, str(SCRIPT.parent / "tools" / name), *map(str, arguments)]
+    given: dict[str, Any] = {"cwd": cwd, "env": environment(), "text": True, "timeout": 120}
+    return subprocess.run(words, capture_output=True, **given)
+
+
 def start_script(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
     """A running process whose stdout and stderr share one pipe."""
     return subprocess.Popen(

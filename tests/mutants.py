@@ -41,6 +41,7 @@ FLOW, LOSSES, METRICS, TRAINING, DATA = (
 )
 ROOMS, CONFIG, BLIND = "test_rooms", "test_config", "test_no_reference"
 NAMES = ("test_naming", "support/naming.py")
+CLIPS = ("test_odd_clips", "tools/clip_input.py")
 NO_REFERENCE = "support/no_reference.py"
 SETTINGS, CHECKPOINTS, DECODING, PICTURES, TILES, SUMMARY, FOLDERS, SCENES = (
     f"support/{name}.py"
@@ -275,6 +276,9 @@ MUTANTS = [
     Mutant("and inside not in path.resolve().parents", "", ROOMS, FOLDERS),
     Mutant("[journal.NEW if again else", "[journal.NEW if not again else", ROOMS, FOLDERS),
     Mutant("return 1 if failed else 0", "return 0", ROOMS, FOLDERS),
+    # clips
+    Mutant("signs = (c, b) if transposed else (a, d)", "signs = (a, d)", *CLIPS),
+    Mutant("EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000", "EXACT = 0x4", *CLIPS),
     # scenes
     Mutant("default_rng(seed).permutation", "default_rng(0).permutation", DATA, SCENES),
     Mutant(

@@ -23,6 +23,7 @@ from cli_tools import (
     dark_picture,
     files_under,
     run_script,
+    run_tool,
     save_picture,
     target_picture,
 )
@@ -540,7 +541,7 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_it(
     assert done.returncode == 1
     assert "broken.png" in done.stderr and "Traceback" not in done.stderr
     assert "file/s" in done.stderr  # the bar
-    assert "3 enhanced, 1 failed" in done.stdout
+    assert "3 pictures enhanced, 1 failed" in done.stdout
     assert files_under(tmp_path / "out") == {
         "a.png",
         "deep",
@@ -577,7 +578,7 @@ def test_what_is_done_is_skipped_unless_told_otherwise(
     (out / "a.png").unlink()
     capsys.readouterr()
     assert enhance(checkpoint, album, out) == 0
-    assert "3 files: 1 new, 2 already done" in capsys.readouterr().out
+    assert "3 pictures: 1 new, 2 already done" in capsys.readouterr().out
     assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {
         "a.png",
         "enhance.csv",
@@ -642,21 +643,21 @@ def test_what_is_done_hangs_on_input_weights_and_settings(
     out = tmp_path / "out"
     assert enhance(checkpoint, album, out) == 0
     before = {path: path.read_bytes() for path in out.rglob("*.png")}
-    sets, expected = [], "3 files: 3 already done"
+    sets, expected = [], "3 pictures: 3 already done"
     if changed == "weights":
         content = load_checkpoint(str(checkpoint))
         content["model"]["log_sigma"] += 1.0
         checkpoint = tmp_path / "other.pth"
         save_checkpoint(checkpoint, content)
-        expected = "3 files: 3 again, for other weights or settings"
+        expected = "3 pictures: 3 again, for other weights or settings"
     elif changed == "settings":
-        sets, expected = ["exposure=1"], "3 files: 3 again, for other weights or settings"
+        sets, expected = ["exposure=1"], "3 pictures: 3 again, for other weights or settings"
     elif changed == "input":
         save_picture(album / "a.png", dark_picture(target_picture(9)))
-        expected = "3 files: 2 already done, 1 again, for a changed input"
+        expected = "3 pictures: 2 already done, 1 again, for a changed input"
     elif changed == "foreign":
         (out / ".enhance.jsonl").write_text('["b.jpg", 1')  # half a line of a killed run
-        expected = "3 files: 3 kept, as they were not made here"
+        expected = "3 pictures: 3 kept, as they were not made here"
     capsys.readouterr()
     assert enhance(checkpoint, album, out, *sets) == 0
     assert expected in capsys.readouterr().out
@@ -764,17 +765,26 @@ def test_folders_that_are_refused(
 
 
 def test_clips_among_the_pictures_are_counted_and_their_command_named(
-    checkpoint: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, album: Path, tmp_path: Path
 ) -> None:
+    """By both commands, each in its last line."""
     (album / "deep" / "broken.png").unlink()
     for name in ("walk.mp4", "deep/RUN.MOV", ".hidden.mkv"):
         (album / name).write_bytes(b"film")
-    assert enhance(checkpoint, album, tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    assert "2 clips left out; python tools/enhance_video.py" in printed
+    tail = [*("--checkpoint", str(checkpoint)), *("--set", "device=cpu")]
+    words = ["--mode", "enhance", "--input", album, "--output", "out", *tail]
+    done = run_script(*words, cwd=tmp_path)
+    expected = "out: 3 pictures enhanced, 0 failed; enhance.csv lists them; "
+    expected += "2 clips left: tools/enhance_video.py enhances them"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == expected
     assert set(rows_of(tmp_path / "out")) == {"a.png", "b.jpg", "c.PNG"}
-    assert enhance(checkpoint, f"{album}/*.png", tmp_path / "again") == 0
-    assert "left out" not in capsys.readouterr().out
+    done = run_script(*words[:3], f"{album}/*.png", *words[4:], cwd=tmp_path)
+    assert done.returncode == 0 and "left" not in done.stdout
+    pytest.importorskip("av", reason="the optional package av is not installed")
+    done = run_tool("enhance_video.py", *words[2:], cwd=tmp_path)
+    expected = "out: 0 clips enhanced, 2 failed; enhance.csv lists them; "
+    expected += "3 pictures left: model_script.py --mode enhance enhances them"
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == expected
 
 
 def test_a_clip_is_refused_and_its_command_named(

@@ -221,7 +221,7 @@ def test_inputs_are_found_to_any_depth_but_not_what_is_hidden_or_ours(tmp_path: 
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = folders.find_inputs(str(tmp_path), str(tmp_path / "out"))
+    found, _ = folders.find_inputs(str(tmp_path), str(tmp_path / "out"))
     relative = [
         (str(source.relative_to(tmp_path)), str(target.relative_to(tmp_path)))
         for source, target in found

@@ -25,7 +25,9 @@ from support.decoding import VIDEO_SUFFIXES
 
 av = pytest.importorskip("av", reason="the optional package av is not installed")
 
+import clip_output  # noqa: E402
 import enhance_video  # noqa: E402
+from clip_input import Clip  # noqa: E402
 
 SCENE = dark_picture(target_picture(4, 64, 80))
 
@@ -53,13 +55,14 @@ def write_clip(
     sound: str = "",
     sound_first: bool = False,
     moments: Sequence[int] = (),
+    options: dict[str, str] | None = None,
 ) -> Path:
     """An almost lossless clip of 25 frames a second, or at the `moments` in milliseconds, with half
     a second of a tone if a sound's codec is named."""
-    options = {"libx264": {"crf": "4"}, "libvpx-vp9": {"crf": "8", "b": "0", "cpu-used": "8"}}
+    quality = {"libx264": {"crf": "4"}, "libvpx-vp9": {"crf": "8", "b": "0", "cpu-used": "8"}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as writing:
-        video = writing.add_stream(codec, rate=25, options=options.get(codec, {}))
+    with av.open(str(path), "w", options=options or {}) as writing:
+        video = writing.add_stream(codec, rate=25, options=quality.get(codec, {}))
         video.height, video.width, video.pix_fmt = *frames[0].shape[:2], "yuv420p"
         packets: list[Any] = []
         if moments:
@@ -127,7 +130,7 @@ def test_a_static_clip_does_not_flicker(checkpoint: Path, tmp_path: Path) -> Non
     assert np.abs(frames[0] - expected).mean() < 5  # it is the enhancement, H.264 apart
     assert np.abs((frames[0] - expected).mean((0, 1))).max() < 2
     with av.open(str(tmp_path / "out.mp4")) as reading:  # players need not guess what RGB it means
-        assert next(reading.decode(video=0)).colorspace == enhance_video.Colorspace.ITU709
+        assert next(reading.decode(video=0)).colorspace == clip_output.Colorspace.ITU709
 
 
 def test_noise_does_not_boil_unless_it_is_asked_for() -> None:
@@ -213,13 +216,21 @@ def test_frames_keep_their_own_times(checkpoint: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(times, np.array(moments) / 1000, atol=1.5e-3)
 
 
-def test_frames_at_one_moment_are_put_apart(checkpoint: Path, tmp_path: Path) -> None:
-    output = enhance_video.Output(tmp_path / "o.mp4", Fraction(25), Fraction(1, 25), [])
-    for moment in (3, 3, None, 1, 9):
-        output.frame(SCENE, moment)
-    output.finish()
+def test_frames_at_one_moment_are_put_apart(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", noisy(SCENE, 1))
+    with (
+        Clip(source) as clip,
+        clip_output.Output(tmp_path / "o.mp4", tmp_path / "o.mp4", clip) as output,
+    ):
+        (frame,) = (part for part in clip.parts() if isinstance(part, av.VideoFrame))
+        frame.time_base = Fraction(1, 25)
+        for moment in (3, 3, None, 1, 9):
+            frame.pts = moment
+            output.frame(SCENE, frame)
     times = read_clip(tmp_path / "o.mp4")[1]
-    np.testing.assert_allclose(times, np.array([3, 4, 5, 6, 9]) / 25, atol=1e-3)
+    tick = 1 / 12800  # of the clip
+    expected = [3 / 25, 3 / 25 + tick, 4 / 25 + tick, 4 / 25 + 2 * tick, 9 / 25]
+    np.testing.assert_allclose(times, expected, atol=1e-6)
 
 
 def test_odd_sides_lose_a_row(checkpoint: Path, tmp_path: Path) -> None:
@@ -262,7 +273,7 @@ def test_a_broken_clip_does_not_end_a_folder(
     save_picture(album / "picture.png", SCENE)
     assert enhance(checkpoint, album, out) == 1
     printed = capsys.readouterr()
-    assert "2 enhanced, 3 failed" in printed.out and "frame" in printed.err
+    assert "2 clips enhanced, 3 failed" in printed.out
     assert files_under(out) == {"a.mp4", "deep", "deep/b.mkv", "enhance.csv"}
     rows = rows_of(out)
     assert rows["a.mp4"]["note"] == "4 frames" and float(rows["a.mp4"]["brightness_after"]) > 0
@@ -287,17 +298,44 @@ def test_a_clip_of_which_frames_are_missing_says_so(
     assert 0 < shown < 15 and f"{shown} frames of about 20" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["told.mp4", "by its length.mkv", "fragments.mp4"])
+def test_the_bar_counts_frames_even_where_the_clip_does_not(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    style = {"mininterval": 0, "miniters": 1, "delay": 0}
+    monkeypatch.setattr(enhance_video, "progress_style", lambda: dict(style))
+    options = {"movflags": "frag_keyframe+empty_moov"} if "fragments" in name else {}
+    write_clip(tmp_path / name, noisy(SCENE, 10), sound="aac", options=options)
+    assert enhance(checkpoint, tmp_path / name, tmp_path / "out.mp4") == 0
+    last = [line for line in capsys.readouterr().err.split("\r") if "10/1" in line][-1]
+    assert "frame/s" in last and "<" in last  # the rate, and the time that is left
+    total = int(last.split("10/")[1].split()[0])
+    assert total == 10 or (not name.startswith("told") and 10 <= total <= 13)
+
+
 # mistakes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["broken", "missing", "still", "sound alone", "small", "itself"])
+@pytest.mark.parametrize(
+    "kind",
+    ["broken", "empty", "picture", "missing", "still", "sound alone", "small", "itself"],
+)
 def test_mistakes_are_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     source, target = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    words = {"still": ".mp4", "itself": "itself", "small": "least side"}.get(kind, str(source))
+    words = {"still": ".mp4", "itself": "itself", "small": "least side", "empty": "empty"}
+    words["picture"] = "model_script.py --mode enhance"
     if kind == "broken":
         source.write_bytes(b"no clip at all" * 50)
+    elif kind == "empty":
+        source.write_bytes(b"")
+    elif kind == "picture":
+        save_picture(tmp_path / "picture.png", SCENE).rename(source)
     elif kind == "sound alone":
         with av.open(str(source), "w") as writing:
             audio = writing.add_stream("aac", rate=48000, layout="mono")
@@ -312,7 +350,7 @@ def test_mistakes_are_one_line(
     before = files_under(tmp_path)
     status = enhance(checkpoint, source, target)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert_one_line_error(status, error, words)
+    assert_one_line_error(status, error, words.get(kind, str(source)))
     assert files_under(tmp_path) == before
 
 

@@ -7,8 +7,8 @@
 Brightness and white balance are averaged over half a second: they follow the scene, not the noise.
 What stands still is averaged over about twelve frames, which stops its noise from boiling; what
 moves is left as it is.
-The result is H.264, in .webm VP9; an odd side loses a row or column. Sound is copied where the
-output's format can hold it, and else converted.
+The result is H.264, in .webm VP9; an odd side loses a row or column. Every track of sound is copied
+where the output's format can hold it, and else converted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +38,12 @@ from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
     import av
-    from av.video.reformatter import ColorRange, Colorspace
+    from clip_input import Clip, upright
+    from clip_output import Output
 except ImportError:
     sys.exit(complain(UserError("clips need the package av; run pip install av")))
 
 UNUSED = ("samples", "uncertainty", "quality")  # keys that do nothing for clips
-# of libx264 and libvpx-vp9: nearly lossless, as the frames may be graded or encoded again
-CODECS = {".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1", "cpu-used": "4"})}
-CODECS[".avi"] = ("libx264", {"crf": "16", "bf": "0"})  # it has no room for frames out of order
-H264 = ("libx264", {"crf": "16"})
 # what av raises for damaged clips beside its own errors
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -104,163 +100,63 @@ class FrameEnhancer:
         return blend(pixels, self.table[best], use.strength)
 
 
-class Output:
-    """The clip that is written. Its streams must all be there before the first packet is: sound
-    that comes earlier waits for the first frame, which says how large the picture is."""
-
-    def __init__(self, path: Path, rate: Fraction, time_base: Fraction, sounds: Sequence[Any]):
-        self.container: Any = av.open(str(path), "w")
-        self.codec, self.options = CODECS.get(path.suffix.lower(), H264)
-        self.rate, self.time_base, self.sounds = rate, time_base, sounds
-        self.video: Any = None
-        self.last = -1  # time of the frame before
-        self.waiting: list[Any] = []
-        self.copied, self.converted = dict[int, Any](), dict[int, Any]()
-
-    def _begin(self, height: int, width: int) -> None:
-        """Add the streams."""
-        self.video = self.container.add_stream(self.codec, rate=self.rate, options=self.options)
-        self.video.height, self.video.width, self.video.pix_fmt = height, width, "yuv420p"
-        context = self.video.codec_context
-        context.time_base, context.colorspace = self.time_base, Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        for sound in self.sounds:
-            if sound.codec_context.codec.canonical_name in self.container.supported_codecs:
-                self.copied[sound.index] = self.container.add_stream_from_template(sound)
-            else:
-                self.converted[sound.index] = self._converter(sound)
-
-    def _converter(self, sound: Any) -> Any:
-        """A new stream of the format's own codec for a sound that it cannot hold as it is."""
-        codec = {"vorbis": "libopus"}.get(name := self.container.default_audio_codec, name)
-        known = av.Codec(codec, "w").audio_rates
-        rate = sound.rate if not known or sound.rate in known else max(known)
-        return self.container.add_stream(codec, rate=rate, layout=sound.layout.name)
-
-    def frame(self, pixels: np.ndarray, moment: int | None) -> None:
-        """Add a picture at `moment`, in units of `time_base`, None for the next one's turn."""
-        step = max(1, round(1 / self.rate / self.time_base))
-        if self.video is None:
-            self._begin(*pixels.shape[:2])
-            self.last = (moment or 0) - step
-        # untagged, players would guess the matrix by the size of the picture
-        picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-        picture.colorspace = Colorspace.ITU709
-        # two frames at one moment, which damaged clips have, no format can hold
-        self.last = max(self.last + 1, moment) if moment is not None else self.last + step
-        picture.pts, picture.time_base = self.last, self.time_base
-        self.container.mux(self.video.encode(picture))
-        waiting, self.waiting = self.waiting, []
-        for packet in waiting:
-            self.sound(packet)
-
-    def sound(self, packet: Any) -> None:
-        """Add a packet of sound."""
-        if self.video is None:
-            self.waiting.append(packet)
-        elif packet.stream.index in self.converted:
-            stream = self.converted[packet.stream.index]
-            for frame in packet.decode():
-                self.container.mux(stream.encode(frame))
-        elif packet.dts is not None:  # the last one is empty
-            packet.stream = self.copied[packet.stream.index]
-            self.container.mux(packet)
-
-    def finish(self) -> None:
-        """What the encoders still hold, and the file's end."""
-        for stream in (self.video, *self.converted.values()):
-            self.container.mux(stream.encode())
-        self.container.close()
-
-
 class Told(NamedTuple):
-    """What became of a clip: (height, width), number of frames, how many it says it has (None where
-    it does not), sums of their mean brightness, the camera whose network served it."""
+    """What became of a clip: (height, width), number of frames, sums of their mean brightness, the
+    camera whose network served it."""
 
     size: tuple[int, int] = (0, 0)
     frames: int = 0
-    expected: int | None = None
     before: float = 0.0
     after: float = 0.0
     camera: str = ""
 
 
-def upright(frame: Any) -> np.ndarray:
-    """(H, W, 3) uint8 of a frame as it is to be seen, of even sides, as H.264 needs them."""
-    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    height, width = turned.shape[0] // 2 * 2, turned.shape[1] // 2 * 2
-    return np.ascontiguousarray(turned[:height, :width])
-
-
-def transfer(reading: Any, source: Path, path: Path, loaded: ms.Loaded, wish: Wish) -> Told:
-    """Write the clip that is open in `reading` to `path`, enhanced. Raises UserError."""
-    if not reading.streams.video:
-        raise UserError(f"{source}: holds no moving picture")
-    video, sounds = reading.streams.video[0], list(reading.streams.audio[:1])
-    rate = video.average_rate or Fraction(25)
-    enhance = FrameEnhancer(loaded, wish, float(rate))
-    # AVI knows no times, only a rate
-    time_base = 1 / rate if path.suffix.lower() == ".avi" else video.time_base
-    expected = video.frames or round((video.duration or 0) * video.time_base * rate) or None
-    if not sounds:  # whose length the whole clip's would be, too
-        expected = expected or round((reading.duration or 0) * rate / av.time_base) or None
-    output, told = Output(path, rate, time_base, sounds), Told(expected=expected)
-    total = expected or round((reading.duration or 0) * rate / av.time_base) or None
+def transfer(clip: Clip, output: Output, loaded: ms.Loaded, wish: Wish) -> Told:
+    """Write `clip` to `output`, enhanced. Raises UserError."""
+    enhance, told, source = FrameEnhancer(loaded, wish, float(clip.rate)), Told(), clip.source
     style = progress_style()
-    try:
-        with tqdm(total=total, desc=source.name, unit="frame", leave=False, **style) as bar:
-            for packet in reading.demux(video, *sounds):
-                if packet.stream is not video:
-                    output.sound(packet)
-                    continue
-                for frame in packet.decode():
-                    pixels = upright(frame)
-                    if min(pixels.shape[:2]) < 16:
-                        size = f"{frame.width}x{frame.height}"
-                        raise UserError(f"{source}: {size} is too small; the least side is 16")
-                    if told.frames and pixels.shape[:2] != told.size:
-                        raise UserError(f"{source}: its frames change their size; cut it there")
-                    levels = enhance(pixels)
-                    moment = frame.pts
-                    if moment is not None:
-                        moment = round(moment * frame.time_base / time_base)
-                    output.frame(levels, moment)
-                    before, after = pixels.mean() / 255, levels.mean() / 255
-                    sums = (told.before + before, told.after + after)
-                    told = Told(pixels.shape[:2], told.frames + 1, expected, *sums, enhance.camera)
-                    bar.update()
-        if not told.frames:
-            raise UserError(f"{source}: holds no frame that can be read")
-        output.finish()
-    finally:
-        output.container.close()
+    style["delay"] = style["mininterval"]  # a short clip of a folder needs no bar of its own
+    with tqdm(total=clip.total, desc=source.name, unit="frame", leave=False, **style) as bar:
+        for part in clip.parts():
+            if not isinstance(part, av.VideoFrame):
+                output.sound(part)
+                continue
+            pixels = upright(part)
+            if min(pixels.shape[:2]) < 16:
+                size = f"{part.width}x{part.height}"
+                raise UserError(f"{source}: {size} is too small; the least side is 16")
+            if told.frames and pixels.shape[:2] != told.size:
+                raise UserError(f"{source}: its frames change their size; cut it there")
+            levels = enhance(pixels)
+            output.frame(levels, part)
+            sums = (told.before + pixels.mean() / 255, told.after + levels.mean() / 255)
+            told = Told(pixels.shape[:2], told.frames + 1, *sums, enhance.camera)
+            bar.update()
+    if not told.frames:
+        raise UserError(f"{source}: holds no frame that can be read; replace it or remove it")
     return told
 
 
 def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> dict[str, Any]:
     """Enhance one clip; returns its row of enhance.csv. Raises UserError."""
     started = time.perf_counter()
-    problem = f"{source}: cannot read or write the clip"
+    problem, hint = f"{source}: cannot read the clip", "replace it or remove it"
     try:
-        with av.open(str(source)) as reading, atomic_path(target) as temporary:
-            try:
-                told = transfer(reading, source, temporary, loaded, wish)
-            except OSError as error:  # before atomic_path takes it for the target's
-                raise UserError(f"{problem} ({error.strerror})") from None
-    except UserError:
-        raise
+        with Clip(source) as clip, atomic_path(target) as temporary:
+            with Output(temporary, target, clip) as output:
+                told = transfer(clip, output, loaded, wish)
+            remarks = clip.remarks(told.frames)
     except av.FFmpegError as error:
-        raise UserError(f"{problem} ({error.strerror})") from None
+        raise UserError(f"{problem} ({error.strerror}); {hint}") from None
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise UserError(f"{source}: not enough memory; lower memory_megabytes") from None
+    except UserError:
+        raise
     except DAMAGE as error:
-        raise UserError(f"{problem} ({type(error).__name__}: {error})") from None
-    note = f"{told.frames} frames"
-    if told.expected and told.frames < 0.9 * told.expected:
-        note += f" of about {told.expected}: the rest cannot be read"
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); {hint}") from None
+    frames = f"{told.frames} frame" + "s" * (told.frames != 1)
     return {
         "file": str(source),
         "output": str(target),
@@ -271,13 +167,13 @@ def enhance_clip(source: Path, target: Path, loaded: ms.Loaded, wish: Wish) -> d
         "brightness_after": round(told.after / told.frames, 5),
         "deviation": "",
         "camera": told.camera,
-        "note": note,
+        "note": frames + remarks,
     }
 
 
 def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     """Enhance what --input means; returns the exit status."""
-    jobs = find_jobs(arguments.input, arguments.output, VIDEO_SUFFIXES)
+    jobs, left = find_jobs(arguments.input, arguments.output, VIDEO_SUFFIXES)
     system = system_of(arguments.checkpoint)
     if not issubclass(system, ms.ConditionalFlow):
         hint = "has no view of the whole to smooth over time; give it single pictures"
@@ -293,7 +189,7 @@ def enhance(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     if means_many(arguments.input):
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
         made_with += " per frame" if wish.per_frame else ""
-        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, left)
     if rank():  # one clip is one process's work
         return 0
     row = work(*jobs[0])
