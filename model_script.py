@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -54,6 +54,7 @@ from support import (
     commands,
     files,
     journal,
+    known,
     metrics,
     notices,
     pictures,
@@ -66,6 +67,7 @@ from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.extra_metrics import ExtraMetric, extra_scores, load_extra
 from support.folders import enhance_row, find_jobs, means_many, tell_row, work_off
+from support.optimising import adamw, averaged_model, learning_rate_at
 from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16
@@ -984,29 +986,6 @@ class ConditionalFlow(System):
 # --------------------------------------------------------------------------------------------------
 
 
-def learning_rate_at(progress: float, step: int, config: Config) -> float:
-    """Linear warm-up, then half a cosine to 1 % of the peak; `progress` in [0, 1]."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return config.learning_rate * warm * (0.01 + 0.99 * cosine)
-
-
-def adamw(parameters: Iterable[Any], config: Config) -> torch.optim.Optimizer:
-    """AdamW; `lr_scale` of a group of parameters multiplies the scheduled rate."""
-    rate, decay = config.learning_rate, config.weight_decay
-    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-
-
-def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """Exponential moving average; its decay warms up, so that it forgets the start."""
-
-    def average(averages: Any, current: Any, count: Tensor | int) -> None:  # lists of tensors
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averages, current, 1 - now)
-
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
-
-
 class LossModule(nn.Module):
     """A model's losses as a forward pass, which is what DistributedDataParallel wraps."""
 
@@ -1278,10 +1257,18 @@ class Trainer:
 
     # checkpoints ----------------------------------------------------------------------------------
 
+    @cached_property
+    def _looks(self) -> dict[str, Any]:
+        """What the training pictures look like, see `known`; empty where they are too few."""
+        dark = [item["name"] for item in self.config.sources if item["darken"]]
+        looks = known.looks_in(self.store, self.config.scene_similarity, dark)
+        found = known.fitted(*looks)
+        return {} if found is None else {"known": found}
+
     def _deployable(self) -> dict[str, Any]:
         """What enhancement needs, and thumbnails to know the pictures by: all that the training
         folder holds, and those that choose the best weights."""
-        return {
+        return self._looks | {
             "run_id": self.run_id,
             "system": self.averaged.name(),
             "config": dataclasses.asdict(self.config),
@@ -1360,8 +1347,14 @@ class Loaded(NamedTuple):
     use: Use
     runtime: Runtime
     checkpoint: dict[str, Any]
+    known: known.Known | None = None
     infrared: Any = None
     camera_net: nn.Module | None = None
+
+    def knows(self, pixels: np.ndarray) -> bool | None:
+        """Whether (H, W, 3) pixels look like a picture that the weights were trained on; None where
+        the checkpoint does not say what those look like."""
+        return None if self.known is None else not self.known.strange(pixels)
 
     def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
         """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
@@ -1389,13 +1382,14 @@ def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)
     model = runtime.place(checkpoints.build_model(system, config, checkpoint, path)).eval()
+    looks = known.known_of(checkpoint)
     if "cameras" not in checkpoint:
         if use.camera != "auto":
             raise UserError(f"camera: {path} holds one network; leave it out")
-        return Loaded(model, use, runtime, checkpoint)
+        return Loaded(model, use, runtime, checkpoint, looks)
     weights, camera_net = checkpoints.camera_parts(checkpoint, path)
     second = runtime.place(checkpoints.build_model(system, config, weights, path)).eval()
-    return Loaded(model, use, runtime, checkpoint, second, camera_net)
+    return Loaded(model, use, runtime, checkpoint, looks, second, camera_net)
 
 
 class NotFinite(UserError):
@@ -1704,7 +1698,8 @@ def enhance_file(
     if enhanced.deviation is not None:
         pictures.write_deviation(target, enhanced.deviation)
     after = write(enhanced.best, target)
-    facts = {"seconds": time.perf_counter() - started, "camera": camera, "note": picture.note}
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "note": picture.note}
+    facts |= {"camera": camera, "known": loaded.knows(picture.pixels)}
     return enhance_row((source, target), picture.pixels, after, enhanced.deviation, facts)
 
 
@@ -1713,7 +1708,7 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     given, many = arguments.input, means_many(arguments.input)
     jobs = find_jobs(given, arguments.output, SUFFIXES)
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
-    reference = loaded.use.reference
+    reference, weights = loaded.use.reference, Path(arguments.checkpoint).name
     brightness = float(read_image(reference).mean()) / 255 if reference else None
 
     def work(source: Path, target: Path, progress: Any = None) -> dict[str, Any]:
@@ -1722,12 +1717,12 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
 
     if many:
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
-        return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, weights)
     if rank():  # one picture is one process's work
         return 0
     with processes.steps_shown("enhancing", "tile", 2 + loaded.use.drawn) as progress:
         row = work(*jobs[0], progress)
-    tell_row(row, str(loaded.runtime))
+    tell_row(row, str(loaded.runtime), weights)
     return 0
 
 
