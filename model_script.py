@@ -77,7 +77,7 @@ from support.runtime import Runtime, choose_runtime, commits, compiled, git_comm
 from support.scenes import training_twins
 from support.scored import Scored, overview, score_levels
 from support.settings import RunError, UserError, knob
-from support.tiles import latent_noise, plan_tiles
+from support.tiles import NO_RIM, RIM, latent_noise, plan_tiles, with_rim
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Each key states its meaning and range once; --help, errors and tests read it here.
@@ -828,21 +828,17 @@ class Survey(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """All that the flow knows of `low` (B, 3, H, W), which was padded to multiples of 8.
+    """All that the flow knows of `low` (B, 3, H, W), which was padded to multiples of 8 and may
+    have a rim.
 
     prior_mean: (B, 48, H/4, W/4), in the latent's layout; features: at 1/2 and at 1/4; size: (H, W)
-    before the padding.
+    before the padding; corner: the rim's (top, left).
     """
 
     prior_mean: Tensor
     features: tuple[Tensor, Tensor]
     size: tuple[int, int]
-
-
-def pad_to_multiple(image: Tensor, multiple: int = 8) -> Tensor:
-    """Repeat the last row and column until both sides divide by `multiple`."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    corner: tuple[int, int] = (0, 0)
 
 
 def dequantise(image: Tensor, noise: Tensor) -> Tensor:
@@ -914,33 +910,37 @@ class ConditionalFlow(System):
         return Survey(brightness, grid.to(thumbnail.dtype), colour.to(thumbnail.dtype))
 
     def condition(
-        self, low: Tensor, survey: Survey | None = None, box: Tensor | None = None
+        self,
+        low: Tensor,
+        survey: Survey | None = None,
+        box: Tensor | None = None,
+        rim: Sequence[int] = NO_RIM,
     ) -> Condition:
         """What the flow is told of `low` (B, 3, H, W), which lies at `box` (B, 4) of the picture
-        that was surveyed. Without them `low` is that whole picture."""
+        that was surveyed, and gets a `rim`. Without them `low` is that whole picture."""
         height, width = low.shape[-2:]
         if survey is None:
             survey = self.survey(resize(low, [self.config.thumbnail_size] * 2))
         if box is None:
             box = low.new_tensor([WHOLE_BOX]).expand(len(low), 4)
-        low = pad_to_multiple(low)  # and its box with it, to the right and down
-        stretch = box.new_tensor([low.shape[-1] / width, low.shape[-2] / height])
-        box = torch.cat([box[:, :2], box[:, :2] + (box[:, 2:] - box[:, :2]) * stretch], dim=1)
+        low, box = with_rim(low, box, rim)
         colour = sample_grid(survey.colour, box, low.shape[-2:])
         grid = sample_grid(survey.grid, box, (low.shape[-2] // 4, low.shape[-1] // 4))
         half, quarter, residual = self.local_branch(low, survey.brightness, grid, colour)
         mean = F.pixel_unshuffle(colour, 2) + residual.to(low.dtype)
-        return Condition(F.pixel_unshuffle(mean, 2), (half, quarter), (height, width))
+        mean = F.pixel_unshuffle(mean, 2)
+        return Condition(mean, (half, quarter), (height, width), (rim[2], rim[0]))
 
     def decode(self, condition: Condition, noise: Tensor | None = None) -> Tensor:
         """Picture (B, 3, H, W) in [0, 1] of z = mu(low), or of z = mu(low) + sigma `noise`.
 
         noise: (B, 48, H/4, W/4) of the padded sides.
         """
-        latent, (height, width) = condition.prior_mean, condition.size
+        latent, (height, width), (top, left) = condition[0], condition.size, condition.corner
         if noise is not None:
             latent = latent + self.log_sigma.exp() * noise
-        return requantise(self.flow.inverse(latent, condition.features)[0])[..., :height, :width]
+        found = requantise(self.flow.inverse(latent, condition.features)[0])
+        return found[..., top : top + height, left : left + width]
 
     def code_length(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), standardised latent) of `high` (B, 3, H, W)."""
@@ -976,7 +976,7 @@ class ConditionalFlow(System):
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         """z = mu(low), or a draw from N(mu(low), (temperature sigma)^2 I)."""
-        condition = self.condition(low)
+        condition = self.condition(low, rim=[RIM] * 4)
         noise = torch.randn_like(condition.prior_mean) if temperature else None
         return self.decode(condition, None if noise is None else temperature * noise)
 
@@ -1489,13 +1489,17 @@ def decoder(
             return model.enhance(low, temperature)
 
         return draw_whole
-    condition = model.condition(low, survey, low.new_tensor([box]))
+    # a rim where the picture ends; within it the tiles overlap
+    ends = (box[0] == 0, box[2] == 1, box[1] == 0, box[3] == 1)
+    rim = [RIM * end for end in ends]
+    condition = model.condition(low, survey, low.new_tensor([box]), rim)
+    down, right = (place + RIM * (place > 0) for place in corner)  # within the rim, too
 
     def draw(number: int, temperature: float) -> Tensor:
         if not temperature:
             return model.decode(condition)
         size = condition.prior_mean.shape[-2:]
-        noise = latent_noise((seed, number), corner[0] // 4, corner[1] // 4, *size)
+        noise = latent_noise((seed, number), down // 4, right // 4, *size)
         return model.decode(condition, temperature * noise.to(low.device))
 
     return draw

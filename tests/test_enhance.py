@@ -45,7 +45,7 @@ from support.pictures import (
     whole_thumbnail,
 )
 from support.runtime import Runtime
-from support.tiles import latent_noise, plan_tiles
+from support.tiles import NO_RIM, RIM, latent_noise, plan_tiles, with_rim
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -184,6 +184,41 @@ def test_tiles_cover_every_pixel_once_and_are_of_one_size(
         # in blocks of 8, as the model pads
         sizes.add((-(-(outer[1] - outer[0]) // 8), -(-(outer[3] - outer[2]) // 8)))
     assert (seen == 1).all() and len(sizes) == 1
+
+
+# the edges ---------------------------------------------------------------------------------------
+
+
+def test_the_box_grows_with_the_rim() -> None:
+    """So that a pixel keeps its place in the whole picture."""
+    low, box = torch.rand(1, 3, 20, 40), torch.tensor([[0.5, 0.0, 1.0, 0.25]])
+    grown, place = with_rim(low, box, (0, 8, 8, 0))
+    assert grown.shape == (1, 3, 32, 48)  # 20 and 8 above, up to a multiple of 8
+    assert torch.equal(grown[..., 8:28, :40], low)
+    assert torch.equal(grown[..., 8:28, 40:48], low[..., 31:39].flip(-1))
+    pixel = 0.5 / 40, 0.25 / 20
+    expected = [0.5, -8 * pixel[1], 1 + 8 * pixel[0], 0.25 + 4 * pixel[1]]
+    torch.testing.assert_close(place[0], torch.tensor(expected))
+    plain, same = with_rim(low[..., :16, :], box, NO_RIM)
+    assert torch.equal(plain, low[..., :16, :]) and torch.equal(same, box)
+
+
+def test_no_line_along_the_edges_of_a_bright_sky() -> None:
+    """A smooth bright picture, by the released weights: the outermost lines go on as the next ones
+    do."""
+    x, y = np.meshgrid(np.linspace(0, 1, 136), np.linspace(0, 1, 112))
+    sky = np.stack([120 + 30 * x, 140 + 20 * y, 170 + 10 * x], -1)
+    noise = np.random.default_rng(0).normal(0, 1, sky.shape)
+    pixels = np.rint(sky + noise).astype(np.uint8)
+    loaded = ms.load_model(str(ms.RELEASED), {"device": "cpu"}, ms.ConditionalFlow)
+    steps = {}
+    for name, rim in (("with", RIM), ("without", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ms, "RIM", rim)
+            best = ms.enhance_pixels(loaded.model, pixels, loaded.use, loaded.runtime).best / 257
+        sides = (best, best[::-1], best.swapaxes(0, 1), best[:, ::-1].swapaxes(0, 1))
+        steps[name] = max(float(np.abs(s[0].mean(0) - s[2:5].mean((0, 1))).max()) for s in sides)
+    assert steps["with"] < 1.5 and steps["without"] > 1.5 * steps["with"], steps
 
 
 # progress -----------------------------------------------------------------------------------------
