@@ -200,6 +200,7 @@ class Use:
     uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     strength: float = knob(1.0, "enhance: 1: all of it; 0: the input; between: mixed", 0.0, 1.0)
+    denoise: float = knob(0.0, "enhance: 0: as it is; 1: calmer where nothing is", 0.0, 1.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again all that is there")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", 1, 100)
@@ -231,7 +232,10 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropo
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-LOOK_KEYS = ("camera", "temperature", "samples", "uncertainty", "exposure", "strength", "quality")
+LOOK_KEYS = (
+    *("camera", "temperature", "samples", "uncertainty", "exposure", "strength"),
+    *("denoise", "quality"),
+)
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -1466,6 +1470,7 @@ def enhance_pixels(
             sample[here] = to_uint16(picture)
         if use.uncertainty:
             deviation[here] = torch.stack(drawn).float().var(0).mean(0).sqrt().cpu().numpy()
+    best, *samples = (pictures.calmed(levels, use.denoise) for levels in (best, *samples))
     return Enhanced(best, samples, deviation if use.uncertainty else None)
 
 

@@ -36,6 +36,7 @@ from support.decoding import ORIENTATION, Picture, read_image, read_picture
 from support.folders import ENHANCE_COLUMNS
 from support.pictures import (
     blend,
+    calmed,
     encode_png16,
     exposed,
     resize,
@@ -711,6 +712,42 @@ def test_strength_mixes_light(checkpoint: Path, tmp_path: Path) -> None:
         assert np.abs(linear(part + 0.5) - linear(part - 0.5)).max() < 0.02
         assert (mixed >= linear(part - 0.52) - 1e-6).all()
         assert (mixed <= linear(part + 0.52) + 1e-6).all()
+
+
+def test_denoise_calms_what_is_flat_and_keeps_edges() -> None:
+    """At 0 it is no work at all; a picture of several bands is as one in one piece."""
+    rng = np.random.default_rng(0)
+    step = np.where(np.arange(96) < 48, 60.0, 160.0)[None, :, None]
+    noisy = step + rng.normal(0, 1, (600, 96, 3))
+    levels = np.rint(noisy * 257).astype(np.uint16)
+    assert calmed(levels, 0.0) is levels
+    half, full = calmed(levels, 0.5) / 257, calmed(levels, 1.0) / 257
+    flat = (slice(None), slice(8, 40))
+    assert full[flat].std() < 0.5 * noisy[flat].std()
+    assert full[flat].std() < half[flat].std() < 0.9 * noisy[flat].std()
+    edge = full[:, 48].mean() - full[:, 47].mean()
+    assert edge == pytest.approx(100, abs=1)
+    top = calmed(levels[:300], 1.0)[:280]
+    assert np.abs(top.astype(int) - calmed(levels, 1.0)[:280]).max() <= 2
+
+
+def test_denoise_reaches_best_and_samples_whatever_the_tiles(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    pixels, model = noise_picture(48, 300), small_model(num_flow_blocks=1)
+    plain = ms.enhance_pixels(model, pixels, ms.Use(samples=1), CPU)
+    calm = [
+        ms.enhance_pixels(model, pixels, ms.Use(samples=1, denoise=0.7, tile_size=s), CPU)
+        for s in (64, 1024)
+    ]
+    assert np.array_equal(calm[1].best, calmed(plain.best, 0.7))
+    assert np.array_equal(calm[1].samples[0], calmed(plain.samples[0], 0.7))
+    assert not np.array_equal(calm[1].best, plain.best)
+    assert np.abs(calm[0].best.astype(int) - calm[1].best).max() <= 66  # a quarter of a level
+    save_picture(tmp_path / "in" / "a.png", pixels[:, :64])
+    for settings in ((), ("denoise=1",)):  # the journal knows the key
+        assert enhance(checkpoint, tmp_path / "in", tmp_path / "out", *settings) == 0
+        assert rows_of(tmp_path / "out")["a.png"]["note"] == ""
 
 
 def test_strength_mixes_pictures_of_two_depths() -> None:
