@@ -727,8 +727,8 @@ def test_denoise_calms_what_is_flat_and_keeps_edges() -> None:
     assert full[flat].std() < half[flat].std() < 0.9 * noisy[flat].std()
     edge = full[:, 48].mean() - full[:, 47].mean()
     assert edge == pytest.approx(100, abs=1)
-    top = calmed(levels[:300], 1.0)[:280]
-    assert np.abs(top.astype(int) - calmed(levels, 1.0)[:280]).max() <= 2
+    part = calmed(levels[200:350], 1.0)[30:120].astype(int)  # a band ends at row 256 of the whole
+    assert np.abs(part - calmed(levels, 1.0)[230:320]).max() <= 2
 
 
 def test_denoise_reaches_best_and_samples_whatever_the_tiles(
