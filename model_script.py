@@ -907,6 +907,11 @@ class ConditionalFlow(System):
         half, quarter, eighth = 2 * (1 + 4 + 1 + 3), 4 * (2 + 1 + 2), 8 * (1 + 4)
         return math.ceil((flow + half + quarter + eighth + 7) / 8) * 8
 
+    @property
+    def rim(self) -> int:
+        """Mirrored pixels around a picture; none for what learned of whole ones how they end."""
+        return RIM if self.config.crop_size else 0
+
     def survey(self, thumbnail: Tensor) -> Survey:
         """The global branch's view of whole pictures, from their thumbnails (B, 3, t, t)."""
         brightness = thumbnail.mean((1, 2, 3), keepdim=True).clamp(min=1 / 255)
@@ -980,7 +985,7 @@ class ConditionalFlow(System):
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         """z = mu(low), or a draw from N(mu(low), (temperature sigma)^2 I)."""
-        condition = self.condition(low, rim=[RIM] * 4)
+        condition = self.condition(low, rim=[self.rim] * 4)
         noise = torch.randn_like(condition.prior_mean) if temperature else None
         return self.decode(condition, None if noise is None else temperature * noise)
 
@@ -1496,9 +1501,9 @@ def decoder(
         return draw_whole
     # a rim where the picture ends; within it the tiles overlap
     ends = (box[0] == 0, box[2] == 1, box[1] == 0, box[3] == 1)
-    rim = [RIM * end for end in ends]
+    rim = [model.rim * end for end in ends]
     condition = model.condition(low, survey, low.new_tensor([box]), rim)
-    down, right = (place + RIM * (place > 0) for place in corner)  # within the rim, too
+    down, right = (place + model.rim * (place > 0) for place in corner)  # within the rim, too
 
     def draw(number: int, temperature: float) -> Tensor:
         if not temperature:

@@ -53,7 +53,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
     torch.manual_seed(5)
-    size = {"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32}
+    size = {"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, "crop_size": 32}
     config = ms.Config(**{**size, **settings})
     return randomise(ms.ConditionalFlow(config), scale).eval()
 
@@ -202,6 +202,17 @@ def test_the_box_grows_with_the_rim() -> None:
     torch.testing.assert_close(place[0], torch.tensor(expected))
     plain, same = with_rim(low[..., :16, :], box, NO_RIM)
     assert torch.equal(plain, low[..., :16, :]) and torch.equal(same, box)
+
+
+def test_a_model_that_learned_from_whole_pictures_gets_no_rim() -> None:
+    pixels, whole = noise_picture(40, 48), small_model(crop_size=0)
+    cropped = small_model()
+    assert (whole.rim, cropped.rim) == (0, RIM)
+    low = to_tensor(pixels)[None]
+    with torch.no_grad():
+        plain = cropped.decode(cropped.condition(low))
+        assert torch.equal(whole.enhance(low), plain)
+        assert not torch.equal(cropped.enhance(low), plain)
 
 
 def test_no_line_along_the_edges_of_a_bright_sky() -> None:
