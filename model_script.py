@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -54,6 +54,7 @@ from support import (
     commands,
     files,
     journal,
+    known,
     metrics,
     notices,
     pictures,
@@ -65,7 +66,8 @@ from support import (
 from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.extra_metrics import ExtraMetric, extra_scores, load_extra
-from support.folders import find_jobs, means_many, work_off
+from support.folders import enhance_row, find_jobs, means_many, tell_row, work_off
+from support.optimising import adamw, averaged_model, learning_rate_at
 from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16
@@ -75,7 +77,7 @@ from support.runtime import Runtime, choose_runtime, commits, compiled, git_comm
 from support.scenes import training_twins
 from support.scored import Scored, overview, score_levels
 from support.settings import RunError, UserError, knob
-from support.tiles import latent_noise, plan_tiles
+from support.tiles import NO_RIM, RIM, latent_noise, plan_tiles, with_rim
 
 # --------------------------------------------------------------------------------------------------
 # Configuration. Each key states its meaning and range once; --help, errors and tests read it here.
@@ -198,6 +200,7 @@ class Use:
     uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     strength: float = knob(1.0, "enhance: 1: all of it; 0: the input; between: mixed", 0.0, 1.0)
+    denoise: float = knob(0.0, "enhance: 0: as it is; 1: calmer where nothing is", 0.0, 1.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again all that is there")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", 1, 100)
@@ -210,6 +213,11 @@ class Use:
             hint = "0 or a multiple of 8 in [64, 65536]"
             raise UserError(f"tile_size must be {hint}, got {self.tile_size}")
         self.size_to_score(None)
+
+    @property
+    def drawn(self) -> int:
+        """How many samples are drawn of a picture; the uncertainty alone takes 16."""
+        return self.samples if self.samples > 1 or not self.uncertainty else 16
 
     def size_to_score(self, config: Config | None) -> tuple[int, int] | None:
         """(height, width) that pictures are scored at; None for their own. Raises UserError."""
@@ -224,7 +232,10 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropo
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-LOOK_KEYS = ("camera", "temperature", "samples", "uncertainty", "exposure", "strength", "quality")
+LOOK_KEYS = (
+    *("camera", "temperature", "samples", "uncertainty", "exposure", "strength"),
+    *("denoise", "quality"),
+)
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -821,21 +832,17 @@ class Survey(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """All that the flow knows of `low` (B, 3, H, W), which was padded to multiples of 8.
+    """All that the flow knows of `low` (B, 3, H, W), which was padded to multiples of 8 and may
+    have a rim.
 
     prior_mean: (B, 48, H/4, W/4), in the latent's layout; features: at 1/2 and at 1/4; size: (H, W)
-    before the padding.
+    before the padding; corner: the rim's (top, left).
     """
 
     prior_mean: Tensor
     features: tuple[Tensor, Tensor]
     size: tuple[int, int]
-
-
-def pad_to_multiple(image: Tensor, multiple: int = 8) -> Tensor:
-    """Repeat the last row and column until both sides divide by `multiple`."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    corner: tuple[int, int] = (0, 0)
 
 
 def dequantise(image: Tensor, noise: Tensor) -> Tensor:
@@ -900,6 +907,11 @@ class ConditionalFlow(System):
         half, quarter, eighth = 2 * (1 + 4 + 1 + 3), 4 * (2 + 1 + 2), 8 * (1 + 4)
         return math.ceil((flow + half + quarter + eighth + 7) / 8) * 8
 
+    @property
+    def rim(self) -> int:
+        """Mirrored pixels around a picture; none for what learned of whole ones how they end."""
+        return RIM if self.config.crop_size else 0
+
     def survey(self, thumbnail: Tensor) -> Survey:
         """The global branch's view of whole pictures, from their thumbnails (B, 3, t, t)."""
         brightness = thumbnail.mean((1, 2, 3), keepdim=True).clamp(min=1 / 255)
@@ -907,33 +919,37 @@ class ConditionalFlow(System):
         return Survey(brightness, grid.to(thumbnail.dtype), colour.to(thumbnail.dtype))
 
     def condition(
-        self, low: Tensor, survey: Survey | None = None, box: Tensor | None = None
+        self,
+        low: Tensor,
+        survey: Survey | None = None,
+        box: Tensor | None = None,
+        rim: Sequence[int] = NO_RIM,
     ) -> Condition:
         """What the flow is told of `low` (B, 3, H, W), which lies at `box` (B, 4) of the picture
-        that was surveyed. Without them `low` is that whole picture."""
+        that was surveyed, and gets a `rim`. Without them `low` is that whole picture."""
         height, width = low.shape[-2:]
         if survey is None:
             survey = self.survey(resize(low, [self.config.thumbnail_size] * 2))
         if box is None:
             box = low.new_tensor([WHOLE_BOX]).expand(len(low), 4)
-        low = pad_to_multiple(low)  # and its box with it, to the right and down
-        stretch = box.new_tensor([low.shape[-1] / width, low.shape[-2] / height])
-        box = torch.cat([box[:, :2], box[:, :2] + (box[:, 2:] - box[:, :2]) * stretch], dim=1)
+        low, box = with_rim(low, box, rim)
         colour = sample_grid(survey.colour, box, low.shape[-2:])
         grid = sample_grid(survey.grid, box, (low.shape[-2] // 4, low.shape[-1] // 4))
         half, quarter, residual = self.local_branch(low, survey.brightness, grid, colour)
         mean = F.pixel_unshuffle(colour, 2) + residual.to(low.dtype)
-        return Condition(F.pixel_unshuffle(mean, 2), (half, quarter), (height, width))
+        mean = F.pixel_unshuffle(mean, 2)
+        return Condition(mean, (half, quarter), (height, width), (rim[2], rim[0]))
 
     def decode(self, condition: Condition, noise: Tensor | None = None) -> Tensor:
         """Picture (B, 3, H, W) in [0, 1] of z = mu(low), or of z = mu(low) + sigma `noise`.
 
         noise: (B, 48, H/4, W/4) of the padded sides.
         """
-        latent, (height, width) = condition.prior_mean, condition.size
+        latent, (height, width), (top, left) = condition[0], condition.size, condition.corner
         if noise is not None:
             latent = latent + self.log_sigma.exp() * noise
-        return requantise(self.flow.inverse(latent, condition.features)[0])[..., :height, :width]
+        found = requantise(self.flow.inverse(latent, condition.features)[0])
+        return found[..., top : top + height, left : left + width]
 
     def code_length(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """(bits per dimension (B,), standardised latent) of `high` (B, 3, H, W)."""
@@ -969,7 +985,7 @@ class ConditionalFlow(System):
 
     def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
         """z = mu(low), or a draw from N(mu(low), (temperature sigma)^2 I)."""
-        condition = self.condition(low)
+        condition = self.condition(low, rim=[self.rim] * 4)
         noise = torch.randn_like(condition.prior_mean) if temperature else None
         return self.decode(condition, None if noise is None else temperature * noise)
 
@@ -977,29 +993,6 @@ class ConditionalFlow(System):
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-
-
-def learning_rate_at(progress: float, step: int, config: Config) -> float:
-    """Linear warm-up, then half a cosine to 1 % of the peak; `progress` in [0, 1]."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return config.learning_rate * warm * (0.01 + 0.99 * cosine)
-
-
-def adamw(parameters: Iterable[Any], config: Config) -> torch.optim.Optimizer:
-    """AdamW; `lr_scale` of a group of parameters multiplies the scheduled rate."""
-    rate, decay = config.learning_rate, config.weight_decay
-    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-
-
-def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """Exponential moving average; its decay warms up, so that it forgets the start."""
-
-    def average(averages: Any, current: Any, count: Tensor | int) -> None:  # lists of tensors
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averages, current, 1 - now)
-
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
 
 
 class LossModule(nn.Module):
@@ -1273,10 +1266,18 @@ class Trainer:
 
     # checkpoints ----------------------------------------------------------------------------------
 
+    @cached_property
+    def _looks(self) -> dict[str, Any]:
+        """What the training pictures look like, see `known`; empty where they are too few."""
+        dark = [item["name"] for item in self.config.sources if item["darken"]]
+        looks = known.looks_in(self.store, self.config.scene_similarity, dark)
+        found = known.fitted(*looks)
+        return {} if found is None else {"known": found}
+
     def _deployable(self) -> dict[str, Any]:
         """What enhancement needs, and thumbnails to know the pictures by: all that the training
         folder holds, and those that choose the best weights."""
-        return {
+        return self._looks | {
             "run_id": self.run_id,
             "system": self.averaged.name(),
             "config": dataclasses.asdict(self.config),
@@ -1355,8 +1356,14 @@ class Loaded(NamedTuple):
     use: Use
     runtime: Runtime
     checkpoint: dict[str, Any]
+    known: known.Known | None = None
     infrared: Any = None
     camera_net: nn.Module | None = None
+
+    def knows(self, pixels: np.ndarray) -> bool | None:
+        """Whether (H, W, 3) pixels look like a picture that the weights were trained on; None where
+        the checkpoint does not say what those look like."""
+        return None if self.known is None else not self.known.strange(pixels)
 
     def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
         """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
@@ -1384,13 +1391,14 @@ def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)
     model = runtime.place(checkpoints.build_model(system, config, checkpoint, path)).eval()
+    looks = known.known_of(checkpoint)
     if "cameras" not in checkpoint:
         if use.camera != "auto":
             raise UserError(f"camera: {path} holds one network; leave it out")
-        return Loaded(model, use, runtime, checkpoint)
+        return Loaded(model, use, runtime, checkpoint, looks)
     weights, camera_net = checkpoints.camera_parts(checkpoint, path)
     second = runtime.place(checkpoints.build_model(system, config, weights, path)).eval()
-    return Loaded(model, use, runtime, checkpoint, second, camera_net)
+    return Loaded(model, use, runtime, checkpoint, looks, second, camera_net)
 
 
 class NotFinite(UserError):
@@ -1417,17 +1425,23 @@ class Enhanced(NamedTuple):
 
 @torch.no_grad()
 def enhance_pixels(
-    model: System, pixels: np.ndarray, use: Use, runtime: Runtime, survey: Survey | None = None
+    model: System,
+    pixels: np.ndarray,
+    use: Use,
+    runtime: Runtime,
+    survey: Survey | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Enhanced:
     """Enhance (H, W, 3) uint8 or uint16 pixels of any size and draw the samples that `use` wants.
 
     Many pixels go through tiles, which overlap by the receptive field and share one survey of the
     whole picture, so that no seam can show. Another system than the flow sees the picture whole.
-    `survey` replaces the picture's own. Raises NotFinite.
+    `survey` replaces the picture's own. `progress` is told after each tile of each pass, the best
+    answer and every sample, how many of them are done, of how many; what it raises ends the work.
+    Raises NotFinite.
     """
     height, width = pixels.shape[:2]
-    wanted = use.samples if use.samples > 1 or not use.uncertainty else 16
-    temperature = use.temperature or (1.0 if wanted else 0.0)
+    temperature = use.temperature or (1.0 if use.drawn else 0.0)
     best = np.empty((height, width, 3), np.uint16)  # no memory until it is used
     deviation = np.empty((height, width), np.float32)
     samples = [np.empty_like(best) for _ in range(use.samples)]
@@ -1438,7 +1452,8 @@ def enhance_pixels(
             thumbnail = pictures.whole_thumbnail(pixels, model.config.thumbnail_size)
             with runtime.autocast():
                 survey = model.survey(thumbnail.to(runtime.device))
-    for core, outer in plan_tiles(height, width, side, halo):
+    plan, passes = plan_tiles(height, width, side, halo), 1 + use.drawn
+    for place, (core, outer) in enumerate(plan):
         top, bottom, left, right = outer
         low = to_tensor(pixels[top:bottom, left:right])[None].to(runtime.device)
         here = (slice(*core[:2]), slice(*core[2:]))
@@ -1446,8 +1461,13 @@ def enhance_pixels(
         box = (left / width, top / height, right / width, bottom / height)
         with runtime.autocast():
             draw = decoder(model, low, survey, box, (top, left))
-            answer = draw(0, 0.0 if wanted else temperature)[0, :, rows, columns]
-            drawn = [draw(k + 1, temperature)[0, :, rows, columns] for k in range(wanted)]
+            drawn = list[Tensor]()
+            for number in range(passes):
+                spread_of = 0.0 if number == 0 and use.drawn else temperature
+                drawn.append(draw(number, spread_of)[0, :, rows, columns])
+                if progress:
+                    progress(place * passes + number + 1, len(plan) * passes)
+            answer = drawn.pop(0)
         if not all(bool(picture.isfinite().all()) for picture in (answer, *drawn)):
             raise NotFinite("--checkpoint: its weights give no finite picture; use an earlier one")
         best[here] = to_uint16(answer)
@@ -1455,6 +1475,7 @@ def enhance_pixels(
             sample[here] = to_uint16(picture)
         if use.uncertainty:
             deviation[here] = torch.stack(drawn).float().var(0).mean(0).sqrt().cpu().numpy()
+    best, *samples = (pictures.calmed(levels, use.denoise) for levels in (best, *samples))
     return Enhanced(best, samples, deviation if use.uncertainty else None)
 
 
@@ -1478,13 +1499,17 @@ def decoder(
             return model.enhance(low, temperature)
 
         return draw_whole
-    condition = model.condition(low, survey, low.new_tensor([box]))
+    # a rim where the picture ends; within it the tiles overlap
+    ends = (box[0] == 0, box[2] == 1, box[1] == 0, box[3] == 1)
+    rim = [model.rim * end for end in ends]
+    condition = model.condition(low, survey, low.new_tensor([box]), rim)
+    down, right = (place + model.rim * (place > 0) for place in corner)  # within the rim, too
 
     def draw(number: int, temperature: float) -> Tensor:
         if not temperature:
             return model.decode(condition)
         size = condition.prior_mean.shape[-2:]
-        noise = latent_noise((seed, number), corner[0] // 4, corner[1] // 4, *size)
+        noise = latent_noise((seed, number), down // 4, right // 4, *size)
         return model.decode(condition, temperature * noise.to(low.device))
 
     return draw
@@ -1655,7 +1680,11 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
 
 
 def enhance_file(
-    source: Path, target: Path, loaded: Loaded, brightness: float | None
+    source: Path,
+    target: Path,
+    loaded: Loaded,
+    brightness: float | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Enhance one picture and write what `use` asks for; returns its row of enhance.csv.
 
@@ -1665,7 +1694,7 @@ def enhance_file(
     started, use = time.perf_counter(), loaded.use
     picture = read_picture(source)
     model, camera = loaded.choose(picture.pixels)
-    enhanced = enhance_pixels(model, picture.pixels, use, loaded.runtime)
+    enhanced = enhance_pixels(model, picture.pixels, use, loaded.runtime, progress=progress)
     suffix = target.suffix.lower()
     deep = picture.pixels.dtype == np.uint16 and suffix in (".png", ".tif", ".tiff")
     stops = use.exposure
@@ -1680,24 +1709,12 @@ def enhance_file(
 
     for number, sample in enumerate(enhanced.samples, 1):
         write(sample, target.with_stem(f"{target.stem}_sample{number}"))
-    deviation: float | str = ""
     if enhanced.deviation is not None:
-        deviation = round(float(enhanced.deviation.mean()), 5)
         pictures.write_deviation(target, enhanced.deviation)
     after = write(enhanced.best, target)
-    white = [np.iinfo(image.dtype).max for image in (picture.pixels, after)]
-    return {
-        "file": str(source),
-        "output": str(target),
-        "width": picture.pixels.shape[1],
-        "height": picture.pixels.shape[0],
-        "seconds": round(time.perf_counter() - started, 3),
-        "brightness_before": round(float(picture.pixels.mean()) / white[0], 5),
-        "brightness_after": round(float(after.mean()) / white[1], 5),
-        "deviation": deviation,
-        "camera": camera,
-        "note": picture.note,
-    }
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "note": picture.note}
+    facts |= {"camera": camera, "known": loaded.knows(picture.pixels)}
+    return enhance_row((source, target), picture.pixels, after, enhanced.deviation, facts)
 
 
 def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
@@ -1705,30 +1722,21 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     given, many = arguments.input, means_many(arguments.input)
     jobs, left = find_jobs(given, arguments.output, SUFFIXES)
     loaded = load_model(arguments.checkpoint, arguments.settings, system)
-    reference = loaded.use.reference
+    reference, weights = loaded.use.reference, Path(arguments.checkpoint).name
     brightness = float(read_image(reference).mean()) / 255 if reference else None
 
-    def work(source: Path, target: Path) -> dict[str, Any]:
-        try:
-            return enhance_file(source, target, loaded, brightness)
-        except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            hint = "lower memory_megabytes or samples"
-            raise UserError(f"{source}: not enough memory; {hint}") from None
+    def work(source: Path, target: Path, progress: Any = None) -> dict[str, Any]:
+        with commands.scarce_memory(source, "lower memory_megabytes or samples"):
+            return enhance_file(source, target, loaded, brightness, progress)
 
     if many:
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
-        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, left)
+        return work_off(jobs, folder, work, loaded.use.overwrite, made_with, left, weights)
     if rank():  # one picture is one process's work
         return 0
-    row = work(*jobs[0])
-    size, seconds = f"{row['width']}x{row['height']}", f"{row['seconds']:.2f} s"
-    print(f"{row['output']}: {size}, {seconds} on {loaded.runtime}")
-    for note in filter(None, (row["camera"] and f"{row['camera']} network", row["note"])):
-        print(f"{given}: {note}")
-    if row["deviation"] != "":
-        print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
+    with processes.steps_shown("enhancing", "tile", 2 + loaded.use.drawn) as progress:
+        row = work(*jobs[0], progress)
+    tell_row(row, str(loaded.runtime), weights)
     return 0
 
 
@@ -1742,15 +1750,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
     kinds, given = (system.config_class, Use), arguments.settings
     weights = given.get("checkpoint_dir", system.config_class().checkpoint_dir)
     folder = files.results_folder(given.get("results_dir", Use().results_dir), "demo")
-    sides = [(part, kind) for part in ("train", "eval") for kind in ("low", "high")]
-    here: dict[str, Any] = {f"{a}_{b}_dir": str(folder / "data" / a / b) for a, b in sides}
-    small = dict(
-        **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7),
-        **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8),
-        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
-    )
-    here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
-    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="", extra_metrics="")
+    small, here = simulated.demo_settings(folder, weights)
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
     chosen = given | small | own | here

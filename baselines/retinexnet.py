@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 import model_script as ms
 from support.settings import knob
+from support.tiles import pad_to_multiple
 
 
 @dataclass
@@ -144,7 +145,7 @@ class EnhanceNet(nn.Module):
 
     def forward(self, seen: Decomposition) -> Tensor:
         height, width = seen.illumination.shape[-2:]
-        x = self.first(ms.pad_to_multiple(torch.cat(seen, 1)))
+        x = self.first(pad_to_multiple(torch.cat(seen, 1)))
         skips, decoded = [], []
         for down in self.downs:
             skips.append(x)

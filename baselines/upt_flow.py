@@ -49,6 +49,7 @@ import model_script as ms
 from baselines import equalise
 from support.processes import all_reduce, world_size
 from support.settings import UserError, knob
+from support.tiles import pad_to_multiple
 
 
 @dataclass
@@ -599,7 +600,7 @@ class UPTFlow(ms.System):
 
         Above `temperature` 0 they vary.
         """
-        padded = ms.pad_to_multiple(low, 8)
+        padded = pad_to_multiple(low, 8)
         y, _ = self.flow.inverse(self.latent(padded, temperature), self.condition(padded))
         return ms.requantise(y)[..., : low.shape[-2], : low.shape[-1]]
 

@@ -3,12 +3,14 @@
     python benchmarks/make_release.py --ordinary runs/ordinary4/best_model.pth \\
         --infrared runs/stage4/best_model.pth --out checkpoints/released.pth \\
         --infrared_pictures A/low --ordinary_pictures B/low --ordinary_pictures A/high \\
-        --darken B/high
+        --darken B/high --known A/low --known B/low --known_darkened B/high
 
 The small network (support/cameras.py) is trained here, for about a minute, on thumbnails of the
 named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds well-exposed
 pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how many of its
-pictures go to which network; they do not count for the training. Weights are stored in 16 bits.
+pictures go to which network; they do not count for the training. --known and --known_darkened name
+the pictures that the networks were trained on, see benchmarks/add_looks.py. Weights are stored in
+16 bits.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from add_looks import looks_of  # noqa: E402
 
 from model_script import RETIRED_KEYS  # noqa: E402
 from support.cameras import (  # noqa: E402
@@ -146,7 +150,8 @@ def main() -> int:
     parser.add_argument("--ordinary", required=True)
     parser.add_argument("--infrared", required=True)
     parser.add_argument("--out", required=True)
-    for name in ("infrared_pictures", "ordinary_pictures", "darken", "check"):
+    names = ("infrared_pictures", "ordinary_pictures", "darken", "check", "known")
+    for name in (*names, "known_darkened"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="FOLDER")
     arguments = parser.parse_args()
     try:
@@ -162,6 +167,8 @@ def main() -> int:
             cameras = [camera_of(read_image(path), net) for path in files]
             print(f"{folder}: {cameras.count('infrared')} of {len(cameras)} infrared")
         content = pack(arguments.ordinary, arguments.infrared, weights)
+        if arguments.known:
+            content["known"] = looks_of(arguments.known, arguments.known_darkened)
         save_checkpoint(Path(arguments.out), content)
     except UserError as error:
         return complain(error)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from support import journal
 from support.decoding import SUFFIXES, VIDEO_SUFFIXES
 from support.files import write_csv
 from support.journal import Journal
+from support.naming import listed
 from support.processes import all_gather, broadcast, progress_style, rank, shard
 from support.settings import UserError
 
@@ -114,8 +116,47 @@ ENHANCE_COLUMNS = (
     "brightness_after",
     "deviation",
     "camera",
+    "known",
     "note",
 )
+
+
+def enhance_row(
+    job: tuple[Path, Path],
+    before: np.ndarray,
+    after: np.ndarray,
+    deviation: np.ndarray | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """The row of enhance.csv of a picture, (H, W, 3) of 8 or 16 bits `before` and `after`;
+    `facts` has its seconds, camera, note, and whether such pictures are `known`, if that is."""
+    white = [np.iinfo(image.dtype).max for image in (before, after)]
+    row: dict[str, Any] = {
+        "file": str(job[0]),
+        "output": str(job[1]),
+        "width": before.shape[1],
+        "height": before.shape[0],
+        "brightness_before": round(float(before.mean()) / white[0], 5),
+        "brightness_after": round(float(after.mean()) / white[1], 5),
+        "deviation": "" if deviation is None else round(float(deviation.mean()), 5),
+        **facts,
+        "seconds": round(facts["seconds"], 3),
+        "known": {None: "", True: "yes", False: "no"}[facts["known"]],
+    }
+    return {column: row[column] for column in ENHANCE_COLUMNS}
+
+
+def tell_row(row: dict[str, Any], where: str, weights: str) -> None:
+    """Print what became of a single picture, from its row, computed on `where`, by the file
+    `weights`."""
+    print(f"{row['output']}: {row['width']}x{row['height']}, {row['seconds']:.2f} s on {where}")
+    for note in filter(None, (row["camera"] and f"{row['camera']} network", row["note"])):
+        print(f"{row['file']}: {note}")
+    if row["known"] == "no":
+        unlike = f"looks like no camera that these weights were trained on ({weights})"
+        print(f"note: {row['file']} {unlike}; the colours may be wrong")
+    if row["deviation"] != "":
+        print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
 
 
 def work_off(
@@ -125,13 +166,14 @@ def work_off(
     again: bool,
     made_with: str = "",
     left: str = "",
+    weights: str = "",
 ) -> int:
     """Do every job that is not done, or every one `again`; 1 if any failed. The last line says what
     is done, and what is `left` for another command.
 
     Done is what the same input, weights and settings made; `made_with` stands for the last two, see
     `journal.fingerprint`. enhance.csv in `folder` has a row for each, also for those that an
-    earlier run did.
+    earlier run did. `weights` is the name of the file that holds them.
     """
     empty = dict.fromkeys(ENHANCE_COLUMNS, "")
     book = Journal(folder, made_with)
@@ -148,7 +190,7 @@ def work_off(
     try:
         for source, target in tqdm(shard(todo), desc="enhancing", unit="file", **progress_style()):
             try:
-                rows[str(source)] = work(source, target)
+                rows[str(source)] = empty | work(source, target)
                 book.add(source, target)
             except UserError as error:
                 failed.append(" ".join(str(error).split()))
@@ -164,6 +206,10 @@ def work_off(
             write_csv(folder / "enhance.csv", order)
     for line in failed if rank() == 0 else []:
         print(f"failed: {line}", file=sys.stderr)
+    strange = [Path(row["file"]).name for row in order if row.get("known") == "no"]
+    if strange:
+        unlike = f"look like no camera that these weights were trained on ({weights})"
+        print(f"note: {len(strange)} {unlike}: {listed(strange)}; their colours may be wrong")
     count = f"{counted(len(todo) - len(failed), clips)} enhanced, {len(failed)} failed"
     print("; ".join(filter(None, (f"{folder}: {count}", "enhance.csv lists them", left))))
     return 1 if failed else 0

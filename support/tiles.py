@@ -1,4 +1,4 @@
-"""Tiles: how a large picture is divided, and noise that knows no tiles."""
+"""Tiles: how a large picture is divided, what lies around it, and noise that knows no tiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,6 +49,30 @@ def plan_tiles(height: int, width: int, side: int, halo: int) -> list[Tile]:
     return [
         Tile((*row[:2], *column[:2]), (*row[2:], *column[2:])) for row in rows for column in columns
     ]
+
+
+RIM, NO_RIM = 8, (0, 0, 0, 0)  # pixels: a multiple of 8, where the model's strides fall alike
+
+
+def pad_to_multiple(image: Tensor, multiple: int = 8) -> Tensor:
+    """Repeat the last row and column until both sides divide by `multiple`."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def with_rim(low: Tensor, box: Tensor, rim: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`low` (B, 3, H, W) with (left, right, top, bottom) mirrored pixels around it and, to the
+    right and down, up to multiples of 8; and its box (B, 4), which grows with it.
+
+    The convolutions take zeros for what lies outside, and few crops of a training end where a
+    picture does: without a rim its outermost lines differ from the next ones.
+    """
+    size, left, top = low.shape[-2:], rim[0], rim[2]
+    low = F.pad(low, tuple(rim), mode="reflect") if any(rim) else low
+    low = pad_to_multiple(low)
+    after = (low.shape[-1] - left - size[1]) / size[1], (low.shape[-2] - top - size[0]) / size[0]
+    grown = box.new_tensor([-left / size[1], -top / size[0], *after])
+    return low, box + grown * (box[:, 2:] - box[:, :2]).repeat(1, 2)
 
 
 NOISE_BLOCK = 64

@@ -40,6 +40,7 @@ FLOW, LOSSES, METRICS, TRAINING, DATA = (
     "test_data",
 )
 ROOMS, CONFIG, BLIND = "test_rooms", "test_config", "test_no_reference"
+ENHANCE, KNOWN = "test_enhance", ("test_known", "support/known.py")
 NAMES = ("test_naming", "support/naming.py")
 CLIPS = ("test_odd_clips", "tools/clip_input.py")
 NO_REFERENCE = "support/no_reference.py"
@@ -178,6 +179,7 @@ MUTANTS = [
         "torch._foreach_lerp_(averages, current, 1 - now)",
         "torch._foreach_lerp_(averages, current, now)",
         TRAINING,
+        "support/optimising.py",
     ),
     Mutant("better = choice > self.best", "better = choice < self.best", TRAINING),
     Mutant(
@@ -266,6 +268,12 @@ MUTANTS = [
     Mutant("/ max(1, count - 1) / 8) * 8", "/ max(1, count) / 8) * 8", ROOMS, TILES),
     Mutant("middles = [(before + extent + after) // 2", "middles = [before + extent", ROOMS, TILES),
     Mutant("default_rng((*seed, y, x))", "default_rng((*seed, y))", ROOMS, TILES),
+    Mutant("box + grown * (box[:, 2:] - box[:, :2]).repeat(1, 2)", "box + grown", ENHANCE, TILES),
+    Mutant("place * passes + number + 1", "place * passes + number", ENHANCE),
+    Mutant("np.empty_like(levels), REACH + PATCH", "np.empty_like(levels), 0", ENHANCE, PICTURES),
+    # pictures unlike the training
+    Mutant("squared[scenes[:, None] == scenes] = np.inf", "pass", *KNOWN),
+    Mutant("limit = max(limit, np.quantile(apart[-own:], SHARE))", "pass", *KNOWN),
     # folders
     Mutant(
         'any(part.startswith(".") for part in path.relative_to(root).parts)',

@@ -37,6 +37,7 @@ from support.decoding import ORIENTATION, Picture, read_image, read_picture
 from support.folders import ENHANCE_COLUMNS
 from support.pictures import (
     blend,
+    calmed,
     encode_png16,
     exposed,
     resize,
@@ -46,14 +47,14 @@ from support.pictures import (
     whole_thumbnail,
 )
 from support.runtime import Runtime
-from support.tiles import latent_noise, plan_tiles
+from support.tiles import NO_RIM, RIM, latent_noise, plan_tiles, with_rim
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def small_model(scale: float = 0.04, **settings: object) -> ms.ConditionalFlow:
     torch.manual_seed(5)
-    size = {"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32}
+    size = {"flow_channels": 16, "num_flow_blocks": 2, "thumbnail_size": 32, "crop_size": 32}
     config = ms.Config(**{**size, **settings})
     return randomise(ms.ConditionalFlow(config), scale).eval()
 
@@ -185,6 +186,112 @@ def test_tiles_cover_every_pixel_once_and_are_of_one_size(
         # in blocks of 8, as the model pads
         sizes.add((-(-(outer[1] - outer[0]) // 8), -(-(outer[3] - outer[2]) // 8)))
     assert (seen == 1).all() and len(sizes) == 1
+
+
+# the edges ---------------------------------------------------------------------------------------
+
+
+def test_the_box_grows_with_the_rim() -> None:
+    """So that a pixel keeps its place in the whole picture."""
+    low, box = torch.rand(1, 3, 20, 40), torch.tensor([[0.5, 0.0, 1.0, 0.25]])
+    grown, place = with_rim(low, box, (0, 8, 8, 0))
+    assert grown.shape == (1, 3, 32, 48)  # 20 and 8 above, up to a multiple of 8
+    assert torch.equal(grown[..., 8:28, :40], low)
+    assert torch.equal(grown[..., 8:28, 40:48], low[..., 31:39].flip(-1))
+    pixel = 0.5 / 40, 0.25 / 20
+    expected = [0.5, -8 * pixel[1], 1 + 8 * pixel[0], 0.25 + 4 * pixel[1]]
+    torch.testing.assert_close(place[0], torch.tensor(expected))
+    plain, same = with_rim(low[..., :16, :], box, NO_RIM)
+    assert torch.equal(plain, low[..., :16, :]) and torch.equal(same, box)
+
+
+def test_a_model_that_learned_from_whole_pictures_gets_no_rim() -> None:
+    pixels, whole = noise_picture(40, 48), small_model(crop_size=0)
+    cropped = small_model()
+    assert (whole.rim, cropped.rim) == (0, RIM)
+    low = to_tensor(pixels)[None]
+    with torch.no_grad():
+        plain = cropped.decode(cropped.condition(low))
+        assert torch.equal(whole.enhance(low), plain)
+        assert not torch.equal(cropped.enhance(low), plain)
+
+
+def test_no_line_along_the_edges_of_a_bright_sky() -> None:
+    """A smooth bright picture, by the released weights: the outermost lines go on as the next ones
+    do."""
+    x, y = np.meshgrid(np.linspace(0, 1, 136), np.linspace(0, 1, 112))
+    sky = np.stack([120 + 30 * x, 140 + 20 * y, 170 + 10 * x], -1)
+    noise = np.random.default_rng(0).normal(0, 1, sky.shape)
+    pixels = np.rint(sky + noise).astype(np.uint8)
+    loaded = ms.load_model(str(ms.RELEASED), {"device": "cpu"}, ms.ConditionalFlow)
+    steps = {}
+    for name, rim in (("with", RIM), ("without", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ms, "RIM", rim)
+            best = ms.enhance_pixels(loaded.model, pixels, loaded.use, loaded.runtime).best / 257
+        sides = (best, best[::-1], best.swapaxes(0, 1), best[:, ::-1].swapaxes(0, 1))
+        steps[name] = max(float(np.abs(s[0].mean(0) - s[2:5].mean((0, 1))).max()) for s in sides)
+    assert steps["with"] < 1.5 and steps["without"] > 1.5 * steps["with"], steps
+
+
+# progress -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 1),
+        ({"samples": 1}, 2),
+        ({"samples": 3}, 4),
+        ({"uncertainty": True}, 17),
+        ({"temperature": 0.5}, 1),
+    ],
+)
+def test_progress_counts_the_tiles_of_all_passes(settings: dict[str, Any], passes: int) -> None:
+    pixels, told = noise_picture(16, 500), list[tuple[int, int]]()
+    model, use = small_model(num_flow_blocks=1), ms.Use(tile_size=64, **settings)
+    tiles = len(plan_tiles(16, 500, 64, model.receptive_field))
+    found = ms.enhance_pixels(model, pixels, use, CPU, progress=lambda *step: told.append(step))
+    total = tiles * passes
+    assert tiles > 2 and told == [(done, total) for done in range(1, total + 1)]
+    np.testing.assert_array_equal(found.best, ms.enhance_pixels(model, pixels, use, CPU).best)
+
+
+def test_what_progress_raises_ends_the_work() -> None:
+    """And leaves nothing behind: gradients and autocast are as before, and the work can be done
+    again."""
+    pixels, told = noise_picture(16, 500), list[int]()
+    model, use = small_model(num_flow_blocks=1), ms.Use(tile_size=64, samples=1)
+    half = Runtime(torch.device("cpu"), torch.bfloat16)
+
+    def cancel(done: int, total: int) -> None:
+        told.append(done)
+        if done == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ms.enhance_pixels(model, pixels, use, half, progress=cancel)
+    assert told == [1, 2, 3]
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    before = ms.enhance_pixels(model, pixels, use, half).best
+    np.testing.assert_array_equal(before, ms.enhance_pixels(model, pixels, use, half).best)
+
+
+def test_a_bar_by_tiles_for_one_large_picture(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None for a small one, whatever is drawn of it; that of a folder counts files."""
+    for name, width in (("large", 500), ("small", 48)):
+        Image.fromarray(noise_picture(16, width)).save(tmp_path / f"{name}.png")
+    assert enhance(checkpoint, tmp_path / "large.png", tmp_path / "a.png", "tile_size=64") == 0
+    told = capsys.readouterr()
+    assert "tile" in told.err and "a.png: 500x16" in told.out
+    settings = ("tile_size=64", "samples=3")
+    assert enhance(checkpoint, tmp_path / "small.png", tmp_path / "b.png", *settings) == 0
+    assert capsys.readouterr().err == ""
+    assert enhance(checkpoint, tmp_path, tmp_path / "out", "tile_size=64") == 0
+    told = capsys.readouterr()
+    assert "file" in told.err and "tile" not in told.err
 
 
 def test_the_tile_follows_the_memory() -> None:
@@ -619,6 +726,42 @@ def test_strength_mixes_light(checkpoint: Path, tmp_path: Path) -> None:
         assert (mixed <= linear(part + 0.52) + 1e-6).all()
 
 
+def test_denoise_calms_what_is_flat_and_keeps_edges() -> None:
+    """At 0 it is no work at all; a picture of several bands is as one in one piece."""
+    rng = np.random.default_rng(0)
+    step = np.where(np.arange(96) < 48, 60.0, 160.0)[None, :, None]
+    noisy = step + rng.normal(0, 1, (600, 96, 3))
+    levels = np.rint(noisy * 257).astype(np.uint16)
+    assert calmed(levels, 0.0) is levels
+    half, full = calmed(levels, 0.5) / 257, calmed(levels, 1.0) / 257
+    flat = (slice(None), slice(8, 40))
+    assert full[flat].std() < 0.5 * noisy[flat].std()
+    assert full[flat].std() < half[flat].std() < 0.9 * noisy[flat].std()
+    edge = full[:, 48].mean() - full[:, 47].mean()
+    assert edge == pytest.approx(100, abs=1)
+    part = calmed(levels[200:350], 1.0)[30:120].astype(int)  # a band ends at row 256 of the whole
+    assert np.abs(part - calmed(levels, 1.0)[230:320]).max() <= 2
+
+
+def test_denoise_reaches_best_and_samples_whatever_the_tiles(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    pixels, model = noise_picture(48, 300), small_model(num_flow_blocks=1)
+    plain = ms.enhance_pixels(model, pixels, ms.Use(samples=1), CPU)
+    calm = [
+        ms.enhance_pixels(model, pixels, ms.Use(samples=1, denoise=0.7, tile_size=s), CPU)
+        for s in (64, 1024)
+    ]
+    assert np.array_equal(calm[1].best, calmed(plain.best, 0.7))
+    assert np.array_equal(calm[1].samples[0], calmed(plain.samples[0], 0.7))
+    assert not np.array_equal(calm[1].best, plain.best)
+    assert np.abs(calm[0].best.astype(int) - calm[1].best).max() <= 66  # a quarter of a level
+    save_picture(tmp_path / "in" / "a.png", pixels[:, :64])
+    for settings in ((), ("denoise=1",)):  # the journal knows the key
+        assert enhance(checkpoint, tmp_path / "in", tmp_path / "out", *settings) == 0
+        assert rows_of(tmp_path / "out")["a.png"]["note"] == ""
+
+
 def test_strength_mixes_pictures_of_two_depths() -> None:
     before = np.full((130, 3, 3), 30000, np.uint16)
     after = np.full((130, 3, 3), 200, np.uint8)
@@ -699,10 +842,10 @@ def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
     (album / "deep" / "broken.png").unlink()
     real = ms.enhance_pixels
 
-    def scarce(model: ms.System, pixels: np.ndarray, *rest: Any) -> ms.Enhanced:
+    def scarce(model: ms.System, pixels: np.ndarray, *rest: Any, **named: Any) -> ms.Enhanced:
         if pixels.shape == read_image(album / "a.png").shape:
             raise problem
-        return real(model, pixels, *rest)
+        return real(model, pixels, *rest, **named)
 
     monkeypatch.setattr(ms, "enhance_pixels", scarce)
     assert enhance(checkpoint, album, tmp_path / "out") == 1

@@ -14,6 +14,7 @@ from conftest import randomise
 from torch import Tensor, nn
 
 import model_script as ms
+from support.tiles import pad_to_multiple
 
 Case = tuple[nn.Module, Tensor, object]
 
@@ -392,7 +393,7 @@ def test_padding_leaves_the_picture_where_it_was(
 ) -> None:
     """What the flow is told of a picture with padding is told at its pixels' own places."""
     image = pixels(1, 3, height, width)
-    padded = ms.pad_to_multiple(image)
+    padded = pad_to_multiple(image)
     assert padded.shape[-2] % 8 == padded.shape[-1] % 8 == 0
     assert 0 <= padded.shape[-2] - height < 8 and 0 <= padded.shape[-1] - width < 8
     assert torch.equal(padded[..., :height, :width], image)

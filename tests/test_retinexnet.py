@@ -25,6 +25,7 @@ import model_script as ms
 from baselines import retinexnet as rn
 from support import commands, settings, simulated
 from support.pictures import resize, to_tensor, to_uint8
+from support.tiles import pad_to_multiple
 
 EPOCHS = 4  # of 5 steps each, so that epoch 2 ends with the first stage of split
 RECIPE = ROOT / "baselines" / "retinexnet.json"
@@ -211,7 +212,7 @@ def test_any_size_gives_pictures_in_range(size: tuple[int, int], transposed: boo
     seen = model.decom(low)
     # so that the clamp had something to do
     assert model.relit(seen).max() > 1 and enhanced.std() > 0.01
-    padded = rn.Decomposition(*(ms.pad_to_multiple(part) for part in seen))
+    padded = rn.Decomposition(*(pad_to_multiple(part) for part in seen))
     torch.testing.assert_close(
         model.relight(seen), model.relight(padded)[..., : size[0], : size[1]]
     )

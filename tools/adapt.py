@@ -26,7 +26,7 @@ import torch
 from repository import ROOT, load_any
 
 import model_script as ms
-from support import checkpoints, files, settings
+from support import checkpoints, files, known, settings
 from support.commands import run
 from support.pairs import Pair, PairStore, find_pairs
 from support.scenes import find_scenes
@@ -228,6 +228,10 @@ def write(task: Task, adapter: Adapter, found: dict[str, Any]) -> None:
     content["config"] = kept | {"checkpoint_dir": "checkpoints", "log_dir": "logs"}
     seen = [torch.from_numpy(adapter.store.thumbnails), adapter.stored.get("training_thumbnails")]
     content["training_thumbnails"] = torch.cat([part for part in seen if part is not None])
+    similarity = settings.build(ms.Config, task.given, task.config).scene_similarity
+    own = known.looks_in(adapter.store, similarity)
+    looks = known.extended(adapter.stored.get("known"), *own)
+    content |= {} if looks is None else {"known": looks}
     checkpoints.save_checkpoint(task.output, content)
 
 
