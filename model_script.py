@@ -65,7 +65,7 @@ from support import (
 from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.extra_metrics import ExtraMetric, extra_scores, load_extra
-from support.folders import find_jobs, means_many, work_off
+from support.folders import enhance_row, find_jobs, means_many, tell_row, work_off
 from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16
@@ -210,6 +210,11 @@ class Use:
             hint = "0 or a multiple of 8 in [64, 65536]"
             raise UserError(f"tile_size must be {hint}, got {self.tile_size}")
         self.size_to_score(None)
+
+    @property
+    def drawn(self) -> int:
+        """How many samples are drawn of a picture; the uncertainty alone takes 16."""
+        return self.samples if self.samples > 1 or not self.uncertainty else 16
 
     def size_to_score(self, config: Config | None) -> tuple[int, int] | None:
         """(height, width) that pictures are scored at; None for their own. Raises UserError."""
@@ -1417,17 +1422,23 @@ class Enhanced(NamedTuple):
 
 @torch.no_grad()
 def enhance_pixels(
-    model: System, pixels: np.ndarray, use: Use, runtime: Runtime, survey: Survey | None = None
+    model: System,
+    pixels: np.ndarray,
+    use: Use,
+    runtime: Runtime,
+    survey: Survey | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Enhanced:
     """Enhance (H, W, 3) uint8 or uint16 pixels of any size and draw the samples that `use` wants.
 
     Many pixels go through tiles, which overlap by the receptive field and share one survey of the
     whole picture, so that no seam can show. Another system than the flow sees the picture whole.
-    `survey` replaces the picture's own. Raises NotFinite.
+    `survey` replaces the picture's own. `progress` is told after each tile of each pass, the best
+    answer and every sample, how many of them are done, of how many; what it raises ends the work.
+    Raises NotFinite.
     """
     height, width = pixels.shape[:2]
-    wanted = use.samples if use.samples > 1 or not use.uncertainty else 16
-    temperature = use.temperature or (1.0 if wanted else 0.0)
+    temperature = use.temperature or (1.0 if use.drawn else 0.0)
     best = np.empty((height, width, 3), np.uint16)  # no memory until it is used
     deviation = np.empty((height, width), np.float32)
     samples = [np.empty_like(best) for _ in range(use.samples)]
@@ -1438,7 +1449,8 @@ def enhance_pixels(
             thumbnail = pictures.whole_thumbnail(pixels, model.config.thumbnail_size)
             with runtime.autocast():
                 survey = model.survey(thumbnail.to(runtime.device))
-    for core, outer in plan_tiles(height, width, side, halo):
+    plan, passes = plan_tiles(height, width, side, halo), 1 + use.drawn
+    for place, (core, outer) in enumerate(plan):
         top, bottom, left, right = outer
         low = to_tensor(pixels[top:bottom, left:right])[None].to(runtime.device)
         here = (slice(*core[:2]), slice(*core[2:]))
@@ -1446,8 +1458,13 @@ def enhance_pixels(
         box = (left / width, top / height, right / width, bottom / height)
         with runtime.autocast():
             draw = decoder(model, low, survey, box, (top, left))
-            answer = draw(0, 0.0 if wanted else temperature)[0, :, rows, columns]
-            drawn = [draw(k + 1, temperature)[0, :, rows, columns] for k in range(wanted)]
+            drawn = list[Tensor]()
+            for number in range(passes):
+                spread_of = 0.0 if number == 0 and use.drawn else temperature
+                drawn.append(draw(number, spread_of)[0, :, rows, columns])
+                if progress:
+                    progress(place * passes + number + 1, len(plan) * passes)
+            answer = drawn.pop(0)
         if not all(bool(picture.isfinite().all()) for picture in (answer, *drawn)):
             raise NotFinite("--checkpoint: its weights give no finite picture; use an earlier one")
         best[here] = to_uint16(answer)
@@ -1655,7 +1672,11 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
 
 
 def enhance_file(
-    source: Path, target: Path, loaded: Loaded, brightness: float | None
+    source: Path,
+    target: Path,
+    loaded: Loaded,
+    brightness: float | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Enhance one picture and write what `use` asks for; returns its row of enhance.csv.
 
@@ -1665,7 +1686,7 @@ def enhance_file(
     started, use = time.perf_counter(), loaded.use
     picture = read_picture(source)
     model, camera = loaded.choose(picture.pixels)
-    enhanced = enhance_pixels(model, picture.pixels, use, loaded.runtime)
+    enhanced = enhance_pixels(model, picture.pixels, use, loaded.runtime, progress=progress)
     suffix = target.suffix.lower()
     deep = picture.pixels.dtype == np.uint16 and suffix in (".png", ".tif", ".tiff")
     stops = use.exposure
@@ -1680,24 +1701,11 @@ def enhance_file(
 
     for number, sample in enumerate(enhanced.samples, 1):
         write(sample, target.with_stem(f"{target.stem}_sample{number}"))
-    deviation: float | str = ""
     if enhanced.deviation is not None:
-        deviation = round(float(enhanced.deviation.mean()), 5)
         pictures.write_deviation(target, enhanced.deviation)
     after = write(enhanced.best, target)
-    white = [np.iinfo(image.dtype).max for image in (picture.pixels, after)]
-    return {
-        "file": str(source),
-        "output": str(target),
-        "width": picture.pixels.shape[1],
-        "height": picture.pixels.shape[0],
-        "seconds": round(time.perf_counter() - started, 3),
-        "brightness_before": round(float(picture.pixels.mean()) / white[0], 5),
-        "brightness_after": round(float(after.mean()) / white[1], 5),
-        "deviation": deviation,
-        "camera": camera,
-        "note": picture.note,
-    }
+    facts = {"seconds": time.perf_counter() - started, "camera": camera, "note": picture.note}
+    return enhance_row((source, target), picture.pixels, after, enhanced.deviation, facts)
 
 
 def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
@@ -1708,27 +1716,18 @@ def enhance(arguments: argparse.Namespace, system: type[System]) -> int:
     reference = loaded.use.reference
     brightness = float(read_image(reference).mean()) / 255 if reference else None
 
-    def work(source: Path, target: Path) -> dict[str, Any]:
-        try:
-            return enhance_file(source, target, loaded, brightness)
-        except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            hint = "lower memory_megabytes or samples"
-            raise UserError(f"{source}: not enough memory; {hint}") from None
+    def work(source: Path, target: Path, progress: Any = None) -> dict[str, Any]:
+        with commands.scarce_memory(source, "lower memory_megabytes or samples"):
+            return enhance_file(source, target, loaded, brightness, progress)
 
     if many:
         folder, made_with = Path(arguments.output), loaded.made_with(arguments.checkpoint)
         return work_off(jobs, folder, work, loaded.use.overwrite, made_with)
     if rank():  # one picture is one process's work
         return 0
-    row = work(*jobs[0])
-    size, seconds = f"{row['width']}x{row['height']}", f"{row['seconds']:.2f} s"
-    print(f"{row['output']}: {size}, {seconds} on {loaded.runtime}")
-    for note in filter(None, (row["camera"] and f"{row['camera']} network", row["note"])):
-        print(f"{given}: {note}")
-    if row["deviation"] != "":
-        print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
+    with processes.steps_shown("enhancing", "tile", 2 + loaded.use.drawn) as progress:
+        row = work(*jobs[0], progress)
+    tell_row(row, str(loaded.runtime))
     return 0
 
 
@@ -1742,15 +1741,7 @@ def demo(arguments: argparse.Namespace, system: type[System]) -> int:
     kinds, given = (system.config_class, Use), arguments.settings
     weights = given.get("checkpoint_dir", system.config_class().checkpoint_dir)
     folder = files.results_folder(given.get("results_dir", Use().results_dir), "demo")
-    sides = [(part, kind) for part in ("train", "eval") for kind in ("low", "high")]
-    here: dict[str, Any] = {f"{a}_{b}_dir": str(folder / "data" / a / b) for a, b in sides}
-    small = dict(
-        **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7),
-        **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8),
-        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
-    )
-    here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
-    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="", extra_metrics="")
+    small, here = simulated.demo_settings(folder, weights)
     # what the demo fixes wins over the config file's recipe, and --set wins over both
     own = settings.read_settings(kinds, settings.assignments(arguments.set), "--set")
     chosen = given | small | own | here

@@ -8,8 +8,8 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,17 @@ def sources_of(arguments: argparse.Namespace) -> str:
     given = (arguments.config, arguments.resume, arguments.checkpoint, arguments.input)
     names = (*given, outputs)
     return ", ".join(name for name in names if name) or "default settings"
+
+
+@contextmanager
+def scarce_memory(source: Path, hint: str) -> Iterator[None]:
+    """Where the memory does not do for the file `source` the block raises UserError with `hint`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise the latter
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError(f"{source}: not enough memory; {hint}") from None
 
 
 def run(work: Callable[[], int]) -> int:

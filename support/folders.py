@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from support import journal
@@ -107,6 +108,39 @@ ENHANCE_COLUMNS = (
     "camera",
     "note",
 )
+
+
+def enhance_row(
+    job: tuple[Path, Path],
+    before: np.ndarray,
+    after: np.ndarray,
+    deviation: np.ndarray | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """The row of enhance.csv of a picture, (H, W, 3) of 8 or 16 bits `before` and `after`;
+    `facts` has its seconds, camera and note."""
+    white = [np.iinfo(image.dtype).max for image in (before, after)]
+    row: dict[str, Any] = {
+        "file": str(job[0]),
+        "output": str(job[1]),
+        "width": before.shape[1],
+        "height": before.shape[0],
+        "brightness_before": round(float(before.mean()) / white[0], 5),
+        "brightness_after": round(float(after.mean()) / white[1], 5),
+        "deviation": "" if deviation is None else round(float(deviation.mean()), 5),
+        **facts,
+        "seconds": round(facts["seconds"], 3),
+    }
+    return {column: row[column] for column in ENHANCE_COLUMNS}
+
+
+def tell_row(row: dict[str, Any], where: str) -> None:
+    """Print what became of a single picture, from its row, computed on `where`."""
+    print(f"{row['output']}: {row['width']}x{row['height']}, {row['seconds']:.2f} s on {where}")
+    for note in filter(None, (row["camera"] and f"{row['camera']} network", row["note"])):
+        print(f"{row['file']}: {note}")
+    if row["deviation"] != "":
+        print(f"mean deviation over samples: {row['deviation']:.4f} of full scale")
 
 
 def work_off(

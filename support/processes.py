@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # imported later, inside a process group, its functions would keep it
 from torch import Tensor
+from tqdm import tqdm
 
 from support.settings import UserError
 
@@ -123,6 +124,26 @@ def progress_style() -> dict[str, Any]:
     """tqdm settings: lively on a terminal, a line every half minute in a log, one process only."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval, disable=rank() > 0)
+
+
+@contextmanager
+def steps_shown(what: str, unit: str, least: int) -> Iterator[Callable[[int, int], None]]:
+    """A function of steps done and steps in total that moves a bar with the time left; there is no
+    bar for fewer than `least` steps."""
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total >= least:
+            bar = tqdm(total=total, desc=what, unit=unit, leave=False, **progress_style())
+        if bar is not None:
+            bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 @contextmanager

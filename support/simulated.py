@@ -223,3 +223,17 @@ def demo_table(data: Path, ours: dict[str, Any], path: Path) -> None:
     print(f"\n{'':12}" + "".join(f"{name:>20}" for name in columns))
     for row in rows:
         print(f"{row['method']:12}" + "".join(f"{row[name]:20.3f}" for name in columns))
+
+
+def demo_settings(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the recipe of the demo's small model, which a user may change; where its files lie)."""
+    sides = [(part, kind) for part in ("train", "eval") for kind in ("low", "high")]
+    here: dict[str, Any] = {f"{a}_{b}_dir": str(folder / "data" / a / b) for a, b in sides}
+    here |= dict(checkpoint_dir=f"{weights}/{folder.name}", results_dir=str(folder))
+    here |= dict(sources=[], scenes="", camera="auto", outputs_dir="", extra_metrics="")
+    small = dict(
+        **dict(val_low_dir="", val_high_dir="", image_size=[128, 128], crop_size=0, window_min=0.7),
+        **dict(flow_channels=32, thumbnail_size=64, batch_size=4, learning_rate=2e-3, num_epochs=8),
+        **dict(max_minutes=2.9, keep_checkpoints=1, init_from="", eval_size="auto"),
+    )
+    return small, here

@@ -186,6 +186,66 @@ def test_tiles_cover_every_pixel_once_and_are_of_one_size(
     assert (seen == 1).all() and len(sizes) == 1
 
 
+# progress -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 1),
+        ({"samples": 1}, 2),
+        ({"samples": 3}, 4),
+        ({"uncertainty": True}, 17),
+        ({"temperature": 0.5}, 1),
+    ],
+)
+def test_progress_counts_the_tiles_of_all_passes(settings: dict[str, Any], passes: int) -> None:
+    pixels, told = noise_picture(16, 500), list[tuple[int, int]]()
+    model, use = small_model(num_flow_blocks=1), ms.Use(tile_size=64, **settings)
+    tiles = len(plan_tiles(16, 500, 64, model.receptive_field))
+    found = ms.enhance_pixels(model, pixels, use, CPU, progress=lambda *step: told.append(step))
+    total = tiles * passes
+    assert tiles > 2 and told == [(done, total) for done in range(1, total + 1)]
+    np.testing.assert_array_equal(found.best, ms.enhance_pixels(model, pixels, use, CPU).best)
+
+
+def test_what_progress_raises_ends_the_work() -> None:
+    """And leaves nothing behind: gradients and autocast are as before, and the work can be done
+    again."""
+    pixels, told = noise_picture(16, 500), list[int]()
+    model, use = small_model(num_flow_blocks=1), ms.Use(tile_size=64, samples=1)
+    half = Runtime(torch.device("cpu"), torch.bfloat16)
+
+    def cancel(done: int, total: int) -> None:
+        told.append(done)
+        if done == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ms.enhance_pixels(model, pixels, use, half, progress=cancel)
+    assert told == [1, 2, 3]
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    before = ms.enhance_pixels(model, pixels, use, half).best
+    np.testing.assert_array_equal(before, ms.enhance_pixels(model, pixels, use, half).best)
+
+
+def test_a_bar_by_tiles_for_one_large_picture(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None for a small one, whatever is drawn of it; that of a folder counts files."""
+    for name, width in (("large", 500), ("small", 48)):
+        Image.fromarray(noise_picture(16, width)).save(tmp_path / f"{name}.png")
+    assert enhance(checkpoint, tmp_path / "large.png", tmp_path / "a.png", "tile_size=64") == 0
+    told = capsys.readouterr()
+    assert "tile" in told.err and "a.png: 500x16" in told.out
+    settings = ("tile_size=64", "samples=3")
+    assert enhance(checkpoint, tmp_path / "small.png", tmp_path / "b.png", *settings) == 0
+    assert capsys.readouterr().err == ""
+    assert enhance(checkpoint, tmp_path, tmp_path / "out", "tile_size=64") == 0
+    told = capsys.readouterr()
+    assert "file" in told.err and "tile" not in told.err
+
+
 def test_the_tile_follows_the_memory() -> None:
     model = small_model()
     sides = [ms.tile_side(model, ms.Use(memory_megabytes=size)) for size in (64, 600, 4000)]
@@ -698,10 +758,10 @@ def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
     (album / "deep" / "broken.png").unlink()
     real = ms.enhance_pixels
 
-    def scarce(model: ms.System, pixels: np.ndarray, *rest: Any) -> ms.Enhanced:
+    def scarce(model: ms.System, pixels: np.ndarray, *rest: Any, **named: Any) -> ms.Enhanced:
         if pixels.shape == read_image(album / "a.png").shape:
             raise problem
-        return real(model, pixels, *rest)
+        return real(model, pixels, *rest, **named)
 
     monkeypatch.setattr(ms, "enhance_pixels", scarce)
     assert enhance(checkpoint, album, tmp_path / "out") == 1
