@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,15 @@ from PIL import Image
 import model_script as ms
 from support.checkpoints import save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_picture
-from support.pictures import encode_picture, encode_png16
+from support.pictures import encode_png16
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
 
+import studio as rooms
 import web_app
+import web_page
+import web_results
 
 
 def write_checkpoint(path: Path, seed: int) -> Path:
@@ -54,17 +58,17 @@ def write_checkpoint(path: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web_app.Studio]:
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rooms.Studio]:
     folder = tmp_path_factory.mktemp("weights")
     paths = [write_checkpoint(folder / f"{seed}.pth", seed) for seed in (1, 2)]
-    opened = web_app.Studio(paths, {"device": "cpu"}, megapixels=1)
+    opened = rooms.Studio(paths, {"device": "cpu"}, megapixels=1)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def client(studio: web_app.Studio) -> Any:
-    return web_app.make_app(studio, megabytes=2).test_client()
+def client(studio: rooms.Studio) -> Any:
+    return web_page.make_app(studio, megabytes=2).test_client()
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
@@ -101,7 +105,7 @@ def pixels_of(answer: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(answer.data)))
 
 
-def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.Studio) -> None:
+def test_an_upload_is_what_the_command_line_gives(client: Any, studio: rooms.Studio) -> None:
     job, info = wait(client, upload(client, encoded(LOW), samples="2", uncertainty="1"))
     assert info["state"] == "done" and (info["width"], info["height"], info["samples"]) == (
         48,
@@ -134,7 +138,7 @@ def test_exposure_is_applied_without_another_run(client: Any) -> None:
         assert client.get(f"/jobs/{job}/enhanced?exposure={wrong}").status_code == 400
 
 
-def test_two_models_give_two_results(client: Any, studio: web_app.Studio) -> None:
+def test_two_models_give_two_results(client: Any, studio: rooms.Studio) -> None:
     found = []
     for model in studio.models:
         job, _ = wait(client, upload(client, encoded(LOW), model=model))
@@ -148,7 +152,7 @@ def test_16_bits_and_orientation_survive(client: Any) -> None:
     job, _ = wait(client, upload(client, encode_png16(deep, Picture(deep))))
     answer = client.get(f"/jobs/{job}/enhanced?full=1")
     assert read_picture(io.BytesIO(answer.data)).pixels.dtype == np.uint16
-    assert 'filename="enhanced.png"' in answer.headers["Content-Disposition"]
+    assert "filename=x_enhanced.png" in answer.headers["Content-Disposition"]
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     _, info = wait(client, upload(client, encoded(LOW, "JPEG", exif=exif)))
@@ -232,7 +236,7 @@ def test_another_site_cannot_upload(client: Any) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(
-    client: Any, studio: web_app.Studio
+    client: Any, studio: rooms.Studio
 ) -> None:
     answer = client.get("/")
     page = answer.get_data(as_text=True)
@@ -259,7 +263,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(
 
 
 def test_samples_are_dark_photographs(client: Any) -> None:
-    for name in web_app.SAMPLES:
+    for name in web_results.SAMPLES:
         assert 2 < pixels_of(client.get(f"/samples/{name}")).mean() < 60
 
 
@@ -269,7 +273,7 @@ class Slow:
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)
 
-    def __call__(self, job: web_app.Job) -> None:
+    def __call__(self, job: rooms.Job) -> None:
         self.gate.acquire(timeout=30)
         job.picture = Picture(LOW)
         job.enhanced = ms.Enhanced(np.zeros((40, 48, 3), np.uint16), [], None)
@@ -278,22 +282,22 @@ class Slow:
 @pytest.fixture
 def slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Any, Slow, web_app.Studio]]:
+) -> Iterator[tuple[Any, Slow, rooms.Studio]]:
     work = Slow()
-    studio = web_app.Studio(
+    studio = rooms.Studio(
         [write_checkpoint(tmp_path / "w.pth", 3)], {"device": "cpu"}, megapixels=1
     )
     monkeypatch.setattr(studio, "_do", work)
-    yield web_app.make_app(studio, megabytes=2).test_client(), work, studio
+    yield web_page.make_app(studio, megabytes=2).test_client(), work, studio
     work.gate.release(1000)
     studio.close()
 
 
 def test_the_queue_shows_its_place_and_refuses_when_full(
-    slow: tuple[Any, Slow, web_app.Studio],
+    slow: tuple[Any, Slow, rooms.Studio],
 ) -> None:
     client, work, _ = slow
-    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(web_app.LONGEST_QUEUE)]
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(rooms.LONGEST_QUEUE)]
     full = upload(client, encoded(LOW))
     assert full.status_code == 503 and "try again" in full.get_json()["error"]
     assert int(full.headers["Retry-After"]) > 0
@@ -306,11 +310,11 @@ def test_the_queue_shows_its_place_and_refuses_when_full(
 
 
 def test_old_results_are_forgotten(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, work, studio = slow
     size = LOW.nbytes + 40 * 48 * 3 * 2  # a result and its input
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 3 * size + 100)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 3 * size + 100)
     names = []
     for _ in range(6):
         work.gate.release()
@@ -318,22 +322,22 @@ def test_old_results_are_forgotten(
     time.sleep(0.1)
     assert [client.get(f"/jobs/{name}").status_code for name in names] == [404] * 3 + [200] * 3
     assert all(job.data == b"" for job in studio.jobs.values())
-    monkeypatch.setattr(web_app, "KEEP_SECONDS", -1)
+    monkeypatch.setattr(rooms, "KEEP_SECONDS", -1)
     studio.forget()
     assert studio.jobs == {}
 
 
 def test_waiting_uploads_are_bounded_by_their_bytes(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _, studio = slow
     data = encoded(LOW)
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 2 * len(data) + 100)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 2 * len(data) + 100)
     assert [upload(client, data).status_code for _ in range(4)] == [202, 202, 503, 503]
     assert len(studio.jobs) == 2
 
 
-def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> None:
+def test_closing_drops_what_waits(slow: tuple[Any, Slow, rooms.Studio]) -> None:
     client, work, studio = slow
     jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(5)]
     ends = time.monotonic() + 10
@@ -351,16 +355,18 @@ def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> Non
 
 
 def test_whole_pictures_leave_threads_for_everything_else(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While they are made, so many wait for them and no more; views and everything else are
     answered."""
     client, work, _ = slow
     work.gate.release()
     job, _ = wait(client, upload(client, encoded(LOW)))
-    gate, encode = threading.Event(), encode_picture
+    gate, encode = threading.Event(), web_results.encode_or_explain
     monkeypatch.setattr(
-        web_app, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
+        web_results,
+        "encode_or_explain",
+        lambda *given: encode(*given) if gate.wait(30) else b"",
     )
 
     def whole() -> Any:
@@ -370,7 +376,7 @@ def test_whole_pictures_leave_threads_for_everything_else(
         asked = [pool.submit(whole) for _ in range(6)]
         refused = [
             one.result()
-            for one in islice(as_completed(asked, timeout=20), 6 - web_app.WHOLE_TOGETHER)
+            for one in islice(as_completed(asked, timeout=20), 6 - rooms.WHOLE_TOGETHER)
         ]
         meanwhile = [
             client.get(f"/jobs/{job}{path}").status_code for path in ("", "/enhanced", "/low")
@@ -381,16 +387,16 @@ def test_whole_pictures_leave_threads_for_everything_else(
         assert answer.status_code == 503 and "try again" in answer.get_json()["error"]
         assert int(answer.headers["Retry-After"]) > 0
     assert meanwhile == [200] * 3
-    assert statuses == [200] * web_app.WHOLE_TOGETHER + [503] * len(refused)
+    assert statuses == [200] * rooms.WHOLE_TOGETHER + [503] * len(refused)
     assert whole().status_code == 200  # every place was given back
 
 
 def test_a_crash_of_a_library_is_an_answer(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _, studio = slow
 
-    def crash(job: web_app.Job) -> None:
+    def crash(job: rooms.Job) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(studio, "_do", crash)
@@ -445,7 +451,12 @@ def test_it_listens_to_this_machine_alone_by_default(
     (tmp_path / "checkpoints" / "broken.pth").write_text("no weights")
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
     seen: dict[str, Any] = {}
-    assert web_app.main([], serve=lambda app, **options: seen.update(options, app=app)) == 0
+
+    def create(app: Any, **options: Any) -> Any:
+        seen.update(options, app=app)
+        return SimpleNamespace(run=lambda: None, close=lambda: None)
+
+    assert web_app.main([], create) == 0
     assert seen["host"] == "127.0.0.1" and seen["inbuf_overflow"] >= 40 * 2**20
     # what slow readers of small answers can hold
     assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30
@@ -489,11 +500,11 @@ def test_a_wrong_host_is_one_line(
 
 
 @contextmanager
-def served(studio: web_app.Studio) -> Iterator[int]:
+def served(studio: rooms.Studio) -> Iterator[int]:
     """The port at which waitress serves the page, with as many threads as the command line gives
     it."""
     server = web_app.waitress.create_server(
-        web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8
+        web_page.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8
     )
     threading.Thread(target=server.run, daemon=True).start()
     try:
@@ -522,7 +533,7 @@ def ask_patiently(port: int, path: str) -> bytes:
     return answer[1]
 
 
-def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None:
+def test_twenty_uploads_at_once_are_all_answered(studio: rooms.Studio) -> None:
     """Through waitress, as the command line serves it."""
     import urllib.request
 
@@ -548,15 +559,15 @@ def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None
 
 
 def test_slow_readers_hold_a_bounded_share(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole pictures that are on their way count until they are fetched or the line breaks."""
     # more than the system's buffers take
     noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)
     studio, path = slow[2], "/jobs/noise/enhanced?full=1"
     result = {"picture": Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
-    studio.jobs["noise"] = web_app.Job(b"", "", 0, False, state="done", **result)
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 10**7)
+    studio.jobs["noise"] = rooms.Job(b"", "", 0, False, state="done", **result)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 10**7)
     with served(studio) as port:
         with socket.socket() as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
@@ -584,10 +595,8 @@ def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
     }
     save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
     save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
-    studio = web_app.Studio(
-        [tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1
-    )
-    client = web_app.make_app(studio, megabytes=2).test_client()
+    studio = rooms.Studio([tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1)
+    client = web_page.make_app(studio, megabytes=2).test_client()
     labels = list(studio.models)
     job, info = wait(client, upload(client, encoded(LOW), model=labels[0]))
     assert info["state"] == "done" and pixels_of(
