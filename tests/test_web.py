@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from PIL import Image
 import model_script as ms
 from support.checkpoints import save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_picture
-from support.pictures import encode_png16
+from support.pictures import blend, encode_png16, level_table
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
@@ -205,6 +206,93 @@ def test_upload_names_never_touch_the_file_system(
 
 
 @pytest.mark.parametrize(
+    ("given", "format_", "name"),
+    [
+        ("night.png", "PNG", "night_enhanced.png"),
+        ("Straße 1.JPG", "JPEG", "Straße 1_enhanced.JPG"),
+        ("a.png", "JPEG", "a_enhanced.jpg"),  # the content decides
+        ("scan.tiff", "TIFF", "scan_enhanced.tiff"),
+        ("x.webp", "WEBP", "x_enhanced.webp"),
+        ("x.bmp", "BMP", "x_enhanced.bmp"),
+        ("../../etc/evil.png", "PNG", "evil_enhanced.png"),
+        ("C:\\\\a\\\\b.png", "PNG", "b_enhanced.png"),
+        ('a"b<c>\r\nX: y.png', "PNG", "abcX y_enhanced.png"),
+        ("gnp.\u202eexe.png", "PNG", "gnp.exe_enhanced.png"),
+        ("\N{SNOWMAN}" * 300 + ".png", "PNG", "\N{SNOWMAN}" * 80 + "_enhanced.png"),
+        (" .. ", "PNG", "picture_enhanced.png"),
+    ],
+)
+def test_a_name_goes_back_to_its_owner_clean(given: str, format_: str, name: str) -> None:
+    called = web_results.clean_name(given) or "picture.png"
+    job = rooms.Job(b"", "", 0, False, called, format=format_)
+    assert web_results.file_name(job, "enhanced") == name
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_a_download_has_the_uploads_format_and_metadata(client: Any, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "A camera"
+    options: dict[str, Any] = {} if kind == "BMP" else {"exif": exif}
+    job, info = wait(client, upload(client, encoded(LOW, kind, **options), "shot"))
+    answer = client.get(f"/jobs/{job}/enhanced?full=1")
+    with Image.open(io.BytesIO(answer.data)) as picture:
+        assert picture.format == kind and answer.mimetype == f"image/{kind.lower()}"
+        assert kind == "BMP" or picture.getexif()[0x010F] == "A camera"
+    said = answer.headers["Content-Disposition"]
+    assert said.endswith(info["files"]["enhanced"]) and "shot_enhanced" in said
+
+
+def test_sliders_are_the_command_lines_arithmetic(client: Any, studio: rooms.Studio) -> None:
+    job, _ = wait(client, upload(client, encoded(LOW)))
+    loaded = studio.load(next(iter(studio.models)))
+    levels = ms.enhance_pixels(loaded.model, LOW, loaded.use, loaded.runtime).best
+    expected = blend(LOW, level_table(0.7, False)[levels], 0.4)
+    full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1&exposure=0.7&strength=0.4"))
+    assert (full == expected).all()
+    assert client.get(f"/jobs/{job}/enhanced?strength=1.1").status_code == 400
+    start = {one["key"]: one["start"] for one in web_results.sliders({"strength": 0.5})}
+    assert start == {"exposure": 0.0, "strength": 0.5}
+
+
+def test_views_are_reduced_and_full_views_are_not(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_results, "LARGEST_VIEW", 24)
+    job, _ = wait(client, upload(client, encoded(LOW)))  # 48 x 40
+    for path, width in (("", 24), ("side=16&", 12), ("size=full&", 48), ("lossless=1&", 24)):
+        shown = pixels_of(client.get(f"/jobs/{job}/enhanced?{path}"))
+        assert shown.shape[1] == width, path
+        assert pixels_of(client.get(f"/jobs/{job}/low?{path}")).shape == shown.shape
+    for side in ("15", "25", "many"):
+        assert client.get(f"/jobs/{job}/enhanced?side={side}").status_code == 400
+
+
+def test_the_empty_pages_example(client: Any) -> None:
+    ends = time.monotonic() + 60
+    while client.get("/jobs/example").get_json()["state"] != "done":
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    before, after = (
+        pixels_of(client.get(f"/jobs/example/{what}")).astype(float) for what in ("low", "enhanced")
+    )
+    assert before.shape == after.shape and np.abs(after - before).mean() > 3
+    assert client.post("/jobs/example/cancel").status_code == 404
+
+
+def test_a_zip_holds_each_picture_with_its_own_values(client: Any) -> None:
+    jobs = [wait(client, upload(client, encoded(LOW), "a.png"))[0] for _ in range(3)]
+    entries = [f"{jobs[0]},enhanced,0,1", f"{jobs[1]},enhanced,1,0.5", f"{jobs[2]},enhanced"]
+    answer = client.get("/zip", query_string={"job": entries})
+    assert answer.status_code == 200 and answer.mimetype == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.data)) as archive:
+        names = ["a_enhanced.png", "a_enhanced_2.png", "a_enhanced_3.png"]
+        assert archive.namelist() == names and archive.testzip() is None
+        single = client.get(f"/jobs/{jobs[1]}/enhanced?full=1&exposure=1&strength=0.5").data
+        assert archive.read(names[1]) == single
+        assert archive.read(names[0]) == archive.read(names[2]) != single
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("get", "/jobs/nothing", 404),
@@ -309,6 +397,21 @@ def test_the_queue_shows_its_place_and_refuses_when_full(
         time.sleep(0.01)
 
 
+def test_what_waits_is_cancelled_at_once(slow: tuple[Any, Slow, rooms.Studio]) -> None:
+    client, work, studio = slow
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(3)]
+    assert client.post(f"/jobs/{jobs[1]}/cancel").get_json() == {"state": "cancelled"}
+    assert studio.jobs[jobs[1]].data == b""
+    assert client.get(f"/jobs/{jobs[2]}").get_json()["before"] == 1
+    work.gate.release(9)
+    ends = time.monotonic() + 20
+    while client.get(f"/jobs/{jobs[2]}").get_json()["state"] != "done":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert [studio.jobs[name].state for name in jobs] == ["done", "cancelled", "done"]
+    assert client.get(f"/jobs/{jobs[1]}/enhanced").status_code == 409
+
+
 def test_old_results_are_forgotten(
     slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +507,27 @@ def test_a_crash_of_a_library_is_an_answer(
     assert info["state"] == "failed" and "cannot be enhanced" in info["message"]
 
 
+def test_work_is_cancelled_after_a_tile_and_told_by_tiles(
+    studio: rooms.Studio, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(studio.settings) | {"tile_size": 64}
+    monkeypatch.setattr(studio, "settings", settings)
+    studio.load.cache_clear()
+    large = dark_picture(target_picture(1, 900, 1100))
+    job = upload(client, encoded(large)).get_json()["job"]
+    ends = time.monotonic() + 60
+    while (tiles := client.get(f"/jobs/{job}").get_json()["tiles"])[0] < 1:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert tiles[1] > 20
+    client.post(f"/jobs/{job}/cancel")
+    while (info := client.get(f"/jobs/{job}").get_json())["state"] == "working":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert info["state"] == "cancelled" and info["tiles"][0] < info["tiles"][1]
+    studio.load.cache_clear()
+
+
 # the command line ---------------------------------------------------------------------------------
 
 
@@ -473,7 +597,9 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         status = web_app.main(
             ["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port]
         )
-    assert_one_line_error(status, capsys.readouterr().err, "--port", port)
+    said = capsys.readouterr()
+    assert_one_line_error(status, said.err, "--port", port)
+    assert "http" not in said.out  # no address before it is known to work
 
 
 # unknown, malformed, not this machine's

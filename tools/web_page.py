@@ -157,8 +157,9 @@ def add_results(app: flask.Flask, studio: Studio) -> None:
         refuse_strangers()
         if name not in studio.jobs:
             return say(404, "there is no such picture")
-        studio.cancel(find(name))
-        return flask.jsonify(state="cancelled")
+        job = find(name)
+        studio.cancel(job)
+        return flask.jsonify(state=job.state)
 
     @app.get("/jobs/<name>/<what>")
     def picture(name: str, what: str) -> flask.Response:

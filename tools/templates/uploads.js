@@ -4,7 +4,7 @@
 
 const shown = JSON.parse(document.body.dataset.shown);
 const LIMIT = shown.megabytes * 2 ** 20, AT_ONCE = 2, POLL = 200, ROLES = ["main", "left"];
-const items = [], line = [];
+const SMALLER = "choose a smaller file", items = [], line = [];
 const onChange = { item: () => {} }; // page.js fills it in
 let current = null, underway = 0;
 
@@ -38,8 +38,13 @@ function makeItem(file) {
     cancelled: false, settings: structuredClone(like), runs: {}, busy: {},
   };
   if (file.size > LIMIT)
-    item.error = `larger than ${shown.megabytes} MB, the limit of this page; choose a smaller file`;
+    refuse(item, `larger than ${shown.megabytes} MB, the limit of this page; ${SMALLER}`);
   return item;
+}
+
+// Say why a picture has no result; a hopeless one is not worth another try.
+function refuse(item, message, hopeless = true) {
+  Object.assign(item, { error: message, hopeless, quiet: false });
 }
 
 function firstSettings() {
@@ -63,7 +68,7 @@ const doneRun = (item, role = "main") => {
   return need && serves(run, need) ? run : null;
 };
 
-// Start what the picture's settings need and is neither there nor on its way; stop what they do not.
+// Start what the picture's settings need and is neither there nor on its way; stop all else.
 function ensure(item) {
   for (const role of ROLES) {
     const need = needed(item, role), busy = item.busy[role];
@@ -129,7 +134,7 @@ async function work(run) {
     if (!run.dropped) item.runs[role] = run;
   } catch (error) {
     if (run.dropped) return;
-    item.error = error.message.replace(/^the picture: /, "");
+    refuse(item, error.message.replace(/^the picture: /, ""), error.status < 500);
   }
   if (item.busy[role] === run) delete item.busy[role];
   onChange.item(item);
@@ -148,7 +153,7 @@ async function follow(run) {
   for (;;) {
     const info = await ask(`/jobs/${run.job}`);
     if (run.dropped) return;
-    if (info.state === "failed") throw new Error(info.message);
+    if (info.state === "failed") throw Object.assign(new Error(info.message), { status: 400 });
     if (info.state === "cancelled") throw new Error("cancelled at the server; enhance it again");
     Object.assign(run, { state: info.state, tiles: info.tiles, before: info.before });
     if (info.state === "done") {
