@@ -51,6 +51,7 @@ function drawBar(width) {
   bar.top = `${seen.top}px`;
   bar.height = `${seen.bottom - seen.top}px`;
   split.style.left = `${place}px`;
+  $("caption").style.top = `${seen.bottom + 18}px`;
   const below = `${viewport.clientHeight - seen.bottom + 10}px`;
   for (const [tag, room, side, gap] of [
     [$("left-tag"), place - seen.left, "left", seen.left],
