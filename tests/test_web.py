@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,15 @@ from PIL import Image
 import model_script as ms
 from support.checkpoints import save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_picture
-from support.pictures import encode_picture, encode_png16
+from support.pictures import blend, encode_png16, level_table
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
 
+import studio as rooms
 import web_app
+import web_page
+import web_results
 
 
 def write_checkpoint(path: Path, seed: int) -> Path:
@@ -54,17 +59,17 @@ def write_checkpoint(path: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web_app.Studio]:
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rooms.Studio]:
     folder = tmp_path_factory.mktemp("weights")
     paths = [write_checkpoint(folder / f"{seed}.pth", seed) for seed in (1, 2)]
-    opened = web_app.Studio(paths, {"device": "cpu"}, megapixels=1)
+    opened = rooms.Studio(paths, {"device": "cpu"}, megapixels=1)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def client(studio: web_app.Studio) -> Any:
-    return web_app.make_app(studio, megabytes=2).test_client()
+def client(studio: rooms.Studio) -> Any:
+    return web_page.make_app(studio, megabytes=2).test_client()
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
@@ -101,7 +106,7 @@ def pixels_of(answer: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(answer.data)))
 
 
-def test_an_upload_is_what_the_command_line_gives(client: Any, studio: web_app.Studio) -> None:
+def test_an_upload_is_what_the_command_line_gives(client: Any, studio: rooms.Studio) -> None:
     job, info = wait(client, upload(client, encoded(LOW), samples="2", uncertainty="1"))
     assert info["state"] == "done" and (info["width"], info["height"], info["samples"]) == (
         48,
@@ -134,7 +139,7 @@ def test_exposure_is_applied_without_another_run(client: Any) -> None:
         assert client.get(f"/jobs/{job}/enhanced?exposure={wrong}").status_code == 400
 
 
-def test_two_models_give_two_results(client: Any, studio: web_app.Studio) -> None:
+def test_two_models_give_two_results(client: Any, studio: rooms.Studio) -> None:
     found = []
     for model in studio.models:
         job, _ = wait(client, upload(client, encoded(LOW), model=model))
@@ -148,7 +153,7 @@ def test_16_bits_and_orientation_survive(client: Any) -> None:
     job, _ = wait(client, upload(client, encode_png16(deep, Picture(deep))))
     answer = client.get(f"/jobs/{job}/enhanced?full=1")
     assert read_picture(io.BytesIO(answer.data)).pixels.dtype == np.uint16
-    assert 'filename="enhanced.png"' in answer.headers["Content-Disposition"]
+    assert "filename=x_enhanced.png" in answer.headers["Content-Disposition"]
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     _, info = wait(client, upload(client, encoded(LOW, "JPEG", exif=exif)))
@@ -201,6 +206,93 @@ def test_upload_names_never_touch_the_file_system(
 
 
 @pytest.mark.parametrize(
+    ("given", "format_", "name"),
+    [
+        ("night.png", "PNG", "night_enhanced.png"),
+        ("Straße 1.JPG", "JPEG", "Straße 1_enhanced.JPG"),
+        ("a.png", "JPEG", "a_enhanced.jpg"),  # the content decides
+        ("scan.tiff", "TIFF", "scan_enhanced.tiff"),
+        ("x.webp", "WEBP", "x_enhanced.webp"),
+        ("x.bmp", "BMP", "x_enhanced.bmp"),
+        ("../../etc/evil.png", "PNG", "evil_enhanced.png"),
+        ("C:\\\\a\\\\b.png", "PNG", "b_enhanced.png"),
+        ('a"b<c>\r\nX: y.png', "PNG", "abcX y_enhanced.png"),
+        ("gnp.\u202eexe.png", "PNG", "gnp.exe_enhanced.png"),
+        ("\N{SNOWMAN}" * 300 + ".png", "PNG", "\N{SNOWMAN}" * 80 + "_enhanced.png"),
+        (" .. ", "PNG", "picture_enhanced.png"),
+    ],
+)
+def test_a_name_goes_back_to_its_owner_clean(given: str, format_: str, name: str) -> None:
+    called = web_results.clean_name(given) or "picture.png"
+    job = rooms.Job(b"", "", 0, False, called, format=format_)
+    assert web_results.file_name(job, "enhanced") == name
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_a_download_has_the_uploads_format_and_metadata(client: Any, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "A camera"
+    options: dict[str, Any] = {} if kind == "BMP" else {"exif": exif}
+    job, info = wait(client, upload(client, encoded(LOW, kind, **options), "shot"))
+    answer = client.get(f"/jobs/{job}/enhanced?full=1")
+    with Image.open(io.BytesIO(answer.data)) as picture:
+        assert picture.format == kind and answer.mimetype == f"image/{kind.lower()}"
+        assert kind == "BMP" or picture.getexif()[0x010F] == "A camera"
+    said = answer.headers["Content-Disposition"]
+    assert said.endswith(info["files"]["enhanced"]) and "shot_enhanced" in said
+
+
+def test_sliders_are_the_command_lines_arithmetic(client: Any, studio: rooms.Studio) -> None:
+    job, _ = wait(client, upload(client, encoded(LOW)))
+    loaded = studio.load(next(iter(studio.models)))
+    levels = ms.enhance_pixels(loaded.model, LOW, loaded.use, loaded.runtime).best
+    expected = blend(LOW, level_table(0.7, False)[levels], 0.4)
+    full = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1&exposure=0.7&strength=0.4"))
+    assert (full == expected).all()
+    assert client.get(f"/jobs/{job}/enhanced?strength=1.1").status_code == 400
+    start = {one["key"]: one["start"] for one in web_results.sliders({"strength": 0.5})}
+    assert start == {"exposure": 0.0, "strength": 0.5}
+
+
+def test_views_are_reduced_and_full_views_are_not(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_results, "LARGEST_VIEW", 24)
+    job, _ = wait(client, upload(client, encoded(LOW)))  # 48 x 40
+    for path, width in (("", 24), ("side=16&", 12), ("size=full&", 48), ("lossless=1&", 24)):
+        shown = pixels_of(client.get(f"/jobs/{job}/enhanced?{path}"))
+        assert shown.shape[1] == width, path
+        assert pixels_of(client.get(f"/jobs/{job}/low?{path}")).shape == shown.shape
+    for side in ("15", "25", "many"):
+        assert client.get(f"/jobs/{job}/enhanced?side={side}").status_code == 400
+
+
+def test_the_empty_pages_example(client: Any) -> None:
+    ends = time.monotonic() + 60
+    while client.get("/jobs/example").get_json()["state"] != "done":
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    before, after = (
+        pixels_of(client.get(f"/jobs/example/{what}")).astype(float) for what in ("low", "enhanced")
+    )
+    assert before.shape == after.shape and np.abs(after - before).mean() > 3
+    assert client.post("/jobs/example/cancel").status_code == 404
+
+
+def test_a_zip_holds_each_picture_with_its_own_values(client: Any) -> None:
+    jobs = [wait(client, upload(client, encoded(LOW), "a.png"))[0] for _ in range(3)]
+    entries = [f"{jobs[0]},enhanced,0,1", f"{jobs[1]},enhanced,1,0.5", f"{jobs[2]},enhanced"]
+    answer = client.get("/zip", query_string={"job": entries})
+    assert answer.status_code == 200 and answer.mimetype == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.data)) as archive:
+        names = ["a_enhanced.png", "a_enhanced_2.png", "a_enhanced_3.png"]
+        assert archive.namelist() == names and archive.testzip() is None
+        single = client.get(f"/jobs/{jobs[1]}/enhanced?full=1&exposure=1&strength=0.5").data
+        assert archive.read(names[1]) == single
+        assert archive.read(names[0]) == archive.read(names[2]) != single
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("get", "/jobs/nothing", 404),
@@ -232,7 +324,7 @@ def test_another_site_cannot_upload(client: Any) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(
-    client: Any, studio: web_app.Studio
+    client: Any, studio: rooms.Studio
 ) -> None:
     answer = client.get("/")
     page = answer.get_data(as_text=True)
@@ -259,7 +351,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_guarded(
 
 
 def test_samples_are_dark_photographs(client: Any) -> None:
-    for name in web_app.SAMPLES:
+    for name in web_results.SAMPLES:
         assert 2 < pixels_of(client.get(f"/samples/{name}")).mean() < 60
 
 
@@ -269,7 +361,7 @@ class Slow:
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)
 
-    def __call__(self, job: web_app.Job) -> None:
+    def __call__(self, job: rooms.Job) -> None:
         self.gate.acquire(timeout=30)
         job.picture = Picture(LOW)
         job.enhanced = ms.Enhanced(np.zeros((40, 48, 3), np.uint16), [], None)
@@ -278,22 +370,22 @@ class Slow:
 @pytest.fixture
 def slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Any, Slow, web_app.Studio]]:
+) -> Iterator[tuple[Any, Slow, rooms.Studio]]:
     work = Slow()
-    studio = web_app.Studio(
+    studio = rooms.Studio(
         [write_checkpoint(tmp_path / "w.pth", 3)], {"device": "cpu"}, megapixels=1
     )
     monkeypatch.setattr(studio, "_do", work)
-    yield web_app.make_app(studio, megabytes=2).test_client(), work, studio
+    yield web_page.make_app(studio, megabytes=2).test_client(), work, studio
     work.gate.release(1000)
     studio.close()
 
 
 def test_the_queue_shows_its_place_and_refuses_when_full(
-    slow: tuple[Any, Slow, web_app.Studio],
+    slow: tuple[Any, Slow, rooms.Studio],
 ) -> None:
     client, work, _ = slow
-    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(web_app.LONGEST_QUEUE)]
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(rooms.LONGEST_QUEUE)]
     full = upload(client, encoded(LOW))
     assert full.status_code == 503 and "try again" in full.get_json()["error"]
     assert int(full.headers["Retry-After"]) > 0
@@ -305,12 +397,27 @@ def test_the_queue_shows_its_place_and_refuses_when_full(
         time.sleep(0.01)
 
 
+def test_what_waits_is_cancelled_at_once(slow: tuple[Any, Slow, rooms.Studio]) -> None:
+    client, work, studio = slow
+    jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(3)]
+    assert client.post(f"/jobs/{jobs[1]}/cancel").get_json() == {"state": "cancelled"}
+    assert studio.jobs[jobs[1]].data == b""
+    assert client.get(f"/jobs/{jobs[2]}").get_json()["before"] == 1
+    work.gate.release(9)
+    ends = time.monotonic() + 20
+    while client.get(f"/jobs/{jobs[2]}").get_json()["state"] != "done":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert [studio.jobs[name].state for name in jobs] == ["done", "cancelled", "done"]
+    assert client.get(f"/jobs/{jobs[1]}/enhanced").status_code == 409
+
+
 def test_old_results_are_forgotten(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, work, studio = slow
     size = LOW.nbytes + 40 * 48 * 3 * 2  # a result and its input
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 3 * size + 100)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 3 * size + 100)
     names = []
     for _ in range(6):
         work.gate.release()
@@ -318,22 +425,22 @@ def test_old_results_are_forgotten(
     time.sleep(0.1)
     assert [client.get(f"/jobs/{name}").status_code for name in names] == [404] * 3 + [200] * 3
     assert all(job.data == b"" for job in studio.jobs.values())
-    monkeypatch.setattr(web_app, "KEEP_SECONDS", -1)
+    monkeypatch.setattr(rooms, "KEEP_SECONDS", -1)
     studio.forget()
     assert studio.jobs == {}
 
 
 def test_waiting_uploads_are_bounded_by_their_bytes(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _, studio = slow
     data = encoded(LOW)
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 2 * len(data) + 100)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 2 * len(data) + 100)
     assert [upload(client, data).status_code for _ in range(4)] == [202, 202, 503, 503]
     assert len(studio.jobs) == 2
 
 
-def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> None:
+def test_closing_drops_what_waits(slow: tuple[Any, Slow, rooms.Studio]) -> None:
     client, work, studio = slow
     jobs = [upload(client, encoded(LOW)).get_json()["job"] for _ in range(5)]
     ends = time.monotonic() + 10
@@ -351,16 +458,18 @@ def test_closing_drops_what_waits(slow: tuple[Any, Slow, web_app.Studio]) -> Non
 
 
 def test_whole_pictures_leave_threads_for_everything_else(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While they are made, so many wait for them and no more; views and everything else are
     answered."""
     client, work, _ = slow
     work.gate.release()
     job, _ = wait(client, upload(client, encoded(LOW)))
-    gate, encode = threading.Event(), encode_picture
+    gate, encode = threading.Event(), web_results.encode_or_explain
     monkeypatch.setattr(
-        web_app, "encode_picture", lambda *given: encode(*given) if gate.wait(30) else b""
+        web_results,
+        "encode_or_explain",
+        lambda *given: encode(*given) if gate.wait(30) else b"",
     )
 
     def whole() -> Any:
@@ -370,7 +479,7 @@ def test_whole_pictures_leave_threads_for_everything_else(
         asked = [pool.submit(whole) for _ in range(6)]
         refused = [
             one.result()
-            for one in islice(as_completed(asked, timeout=20), 6 - web_app.WHOLE_TOGETHER)
+            for one in islice(as_completed(asked, timeout=20), 6 - rooms.WHOLE_TOGETHER)
         ]
         meanwhile = [
             client.get(f"/jobs/{job}{path}").status_code for path in ("", "/enhanced", "/low")
@@ -381,21 +490,42 @@ def test_whole_pictures_leave_threads_for_everything_else(
         assert answer.status_code == 503 and "try again" in answer.get_json()["error"]
         assert int(answer.headers["Retry-After"]) > 0
     assert meanwhile == [200] * 3
-    assert statuses == [200] * web_app.WHOLE_TOGETHER + [503] * len(refused)
+    assert statuses == [200] * rooms.WHOLE_TOGETHER + [503] * len(refused)
     assert whole().status_code == 200  # every place was given back
 
 
 def test_a_crash_of_a_library_is_an_answer(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _, studio = slow
 
-    def crash(job: web_app.Job) -> None:
+    def crash(job: rooms.Job) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(studio, "_do", crash)
     info = wait(client, upload(client, encoded(LOW)))[1]
     assert info["state"] == "failed" and "cannot be enhanced" in info["message"]
+
+
+def test_work_is_cancelled_after_a_tile_and_told_by_tiles(
+    studio: rooms.Studio, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(studio.settings) | {"tile_size": 64}
+    monkeypatch.setattr(studio, "settings", settings)
+    studio.load.cache_clear()
+    large = dark_picture(target_picture(1, 900, 1100))
+    job = upload(client, encoded(large)).get_json()["job"]
+    ends = time.monotonic() + 60
+    while (tiles := client.get(f"/jobs/{job}").get_json()["tiles"])[0] < 1:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert tiles[1] > 20
+    client.post(f"/jobs/{job}/cancel")
+    while (info := client.get(f"/jobs/{job}").get_json())["state"] == "working":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert info["state"] == "cancelled" and info["tiles"][0] < info["tiles"][1]
+    studio.load.cache_clear()
 
 
 # the command line ---------------------------------------------------------------------------------
@@ -445,7 +575,12 @@ def test_it_listens_to_this_machine_alone_by_default(
     (tmp_path / "checkpoints" / "broken.pth").write_text("no weights")
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
     seen: dict[str, Any] = {}
-    assert web_app.main([], serve=lambda app, **options: seen.update(options, app=app)) == 0
+
+    def create(app: Any, **options: Any) -> Any:
+        seen.update(options, app=app)
+        return SimpleNamespace(run=lambda: None, close=lambda: None)
+
+    assert web_app.main([], create) == 0
     assert seen["host"] == "127.0.0.1" and seen["inbuf_overflow"] >= 40 * 2**20
     # what slow readers of small answers can hold
     assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30
@@ -462,7 +597,9 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         status = web_app.main(
             ["--checkpoint", str(write_checkpoint(tmp_path / "w.pth", 1)), "--port", port]
         )
-    assert_one_line_error(status, capsys.readouterr().err, "--port", port)
+    said = capsys.readouterr()
+    assert_one_line_error(status, said.err, "--port", port)
+    assert "http" not in said.out  # no address before it is known to work
 
 
 # unknown, malformed, not this machine's
@@ -489,11 +626,11 @@ def test_a_wrong_host_is_one_line(
 
 
 @contextmanager
-def served(studio: web_app.Studio) -> Iterator[int]:
+def served(studio: rooms.Studio) -> Iterator[int]:
     """The port at which waitress serves the page, with as many threads as the command line gives
     it."""
     server = web_app.waitress.create_server(
-        web_app.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8
+        web_page.make_app(studio, megabytes=2), host="127.0.0.1", port=0, threads=8
     )
     threading.Thread(target=server.run, daemon=True).start()
     try:
@@ -522,7 +659,7 @@ def ask_patiently(port: int, path: str) -> bytes:
     return answer[1]
 
 
-def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None:
+def test_twenty_uploads_at_once_are_all_answered(studio: rooms.Studio) -> None:
     """Through waitress, as the command line serves it."""
     import urllib.request
 
@@ -548,15 +685,15 @@ def test_twenty_uploads_at_once_are_all_answered(studio: web_app.Studio) -> None
 
 
 def test_slow_readers_hold_a_bounded_share(
-    slow: tuple[Any, Slow, web_app.Studio], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Any, Slow, rooms.Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole pictures that are on their way count until they are fetched or the line breaks."""
     # more than the system's buffers take
     noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), np.uint16)
     studio, path = slow[2], "/jobs/noise/enhanced?full=1"
     result = {"picture": Picture(noise), "enhanced": ms.Enhanced(noise, [], None)}
-    studio.jobs["noise"] = web_app.Job(b"", "", 0, False, state="done", **result)
-    monkeypatch.setattr(web_app, "KEEP_BYTES", 10**7)
+    studio.jobs["noise"] = rooms.Job(b"", "", 0, False, state="done", **result)
+    monkeypatch.setattr(rooms, "KEEP_BYTES", 10**7)
     with served(studio) as port:
         with socket.socket() as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
@@ -584,10 +721,8 @@ def test_baselines_checkpoints_are_offered_too(tmp_path: Path) -> None:
     }
     save_checkpoint(tmp_path / "r.pth", {**content, "system": "RetinexNet"})
     save_checkpoint(tmp_path / "x.pth", {**content, "system": "Unheard"})
-    studio = web_app.Studio(
-        [tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1
-    )
-    client = web_app.make_app(studio, megabytes=2).test_client()
+    studio = rooms.Studio([tmp_path / "r.pth", tmp_path / "x.pth"], {"device": "cpu"}, megapixels=1)
+    client = web_page.make_app(studio, megabytes=2).test_client()
     labels = list(studio.models)
     job, info = wait(client, upload(client, encoded(LOW), model=labels[0]))
     assert info["state"] == "done" and pixels_of(

@@ -320,11 +320,60 @@ def test_a_form_of_many_parts_or_fields_is_refused(server: Server) -> None:
     "method", ["PUT", "DELETE", "PATCH", "POST", "TRACE", "CONNECT", "PROPFIND", "BREW", "get"]
 )
 def test_wrong_methods_are_refused(server: Server, method: str) -> None:
-    for path in ("/", "/jobs", "/jobs/x", "/jobs/x/enhanced", "/samples/rocket"):
+    for path in ("/", "/jobs", "/jobs/x", "/jobs/x/enhanced", "/samples/rocket", "/zip"):
         if (method, path) != ("POST", "/jobs"):
             assert server.raw(
                 f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
             ) in (400, 405, 501)
+
+
+@pytest.mark.parametrize("count", [0, 33, 500])
+def test_a_zip_of_none_or_too_many_is_refused(server: Server, count: int) -> None:
+    job = server.finish(server.upload(encoded(target_picture(1), "PNG"))[1])[0]
+    path = "/zip?" + "&".join([f"job={job},enhanced,0,1"] * count)
+    status, answer = server.ask("GET", path)
+    assert status == 400 and "1 to 32" in json.loads(answer)["error"]
+
+
+def test_zips_of_strange_entries_are_refused(server: Server) -> None:
+    job = server.finish(server.upload(encoded(target_picture(1), "PNG"))[1])[0]
+    for entry, meant in (
+        *(("nobodys,enhanced,0,1", 404), (f"{job},low", 404), (f"{job},uncertainty", 404)),
+        *((f"{job},../../README.md,0,1", 404), (f"{job},enhanced,99", 400), (",,,", 404)),
+        *((f"{job},enhanced,nan", 400), (f"{job},enhanced,0,2", 400), ("%00,%ff", 404)),
+        *((f"{job}", 404), (f"{job},enhanced,,", 400)),
+    ):
+        status, answer = server.ask("GET", f"/zip?job={job},enhanced&job={entry}")
+        assert status == meant and json.loads(answer)["error"], entry
+
+
+def test_many_zips_at_once_are_bounded(server: Server) -> None:
+    """Each of the most pictures; what is refused is told so, and memory stays (see `bounded`)."""
+    noise = np.random.default_rng(0).integers(0, 60, (400, 500, 3)).astype(np.uint8)
+    job = server.finish(server.upload(encoded(noise, "PNG"))[1])[0]
+    path = "/zip?" + "&".join([f"job={job},enhanced,0,1"] * 32)
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda _: server.ask("GET", path)[0], range(8)))
+    assert set(statuses) <= {200, 503} and 200 in statuses
+
+
+def test_nobody_cancels_anothers_picture(server: Server) -> None:
+    """A job's name is 128 random bits; what is like it is no name, and another site may not try."""
+    job = server.finish(server.upload(encoded(target_picture(1), "PNG"))[1])[0]
+    assert len(job) == 22
+    for name in ("0", "example", job[:-1], job.swapcase(), job + "A", "*", "%2e%2e", "../" + job):
+        assert server.ask("POST", f"/jobs/{name}/cancel")[0] in (404, 405), name
+    path = f"/jobs/{job}/cancel"
+    assert server.ask("POST", path, Origin="http://evil.example")[0] == 403
+    assert server.ask("GET", path)[0] == 404
+    assert json.loads(server.ask("POST", path)[1]) == {"state": "done"}  # too late: it stays
+    assert server.fetch(f"/jobs/{job}/enhanced")[0] == 200
+
+
+def test_views_beyond_their_limits_are_refused(server: Server) -> None:
+    job = server.finish(server.upload(encoded(target_picture(1), "PNG"))[1])[0]
+    for words in ("side=1e9", "side=0", "side=nan", "strength=-1", "exposure=inf", "strength=x"):
+        assert server.ask("GET", f"/jobs/{job}/enhanced?{words}")[0] == 400, words
 
 
 TRICKS = [

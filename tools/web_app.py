@@ -1,48 +1,33 @@
-"""A local page for trying models on your own photographs: before/after slider, two models side by
-side, uncertainty.
+"""A page in the browser for your own photographs: drop them, compare, adjust, download.
 
     pip install flask waitress
     python tools/web_app.py [--checkpoint FILE ...] [--port 8000] [--set KEY=VALUE ...]
 
-An upload lives in memory alone: it is decoded, enhanced by one worker (a queue of one, whose place
-the page shows) and forgotten after KEEP_SECONDS or when newer results need its share of KEEP_BYTES.
-File names of uploads are never used.
+Uploads live in memory alone and are forgotten. A file's name goes back to its owner, in the name
+of the download, and is used for nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import functools
-import io
-import itertools
-import queue
-import secrets
 import sys
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from repository import ROOT, load_any
+from repository import ROOT
 
 import model_script as ms
 from support.checkpoints import load_checkpoint
 from support.commands import run
-from support.decoding import Picture, opened, read_picture
-from support.pictures import encode_picture, heat_map, level_table
 from support.settings import OneLineParser, UserError, complain, read_all
-from support.simulated import demo_photograph, simulate_infrared
 
 try:
-    import flask
     import waitress
+    from web_page import make_app
 except ImportError as missing:
     sys.exit(
         complain(
@@ -50,383 +35,10 @@ except ImportError as missing:
         )
     )
 
-KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
-# of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
-WHOLE_TOGETHER = 2
+from studio import KEEP_BYTES, Studio
+from web_results import SAMPLES, sample_picture
+
 ASKED = ("samples", "uncertainty")  # by each visitor, not on the command line
-SAMPLES = {"astronaut": "Astronaut", "rocket": "Rocket", "coffee": "Coffee"}
-
-
-class TooBusy(Exception):
-    """There is no room at the moment; its text is the answer."""
-
-
-@dataclasses.dataclass
-class Job:
-    """An upload on its way: what was asked, then either what came of it or why nothing did."""
-
-    data: bytes
-    model: str
-    samples: int
-    uncertainty: bool
-    created: float = dataclasses.field(default_factory=time.monotonic)
-    state: str = "waiting"  # waiting, working, done, failed
-    message: str = ""
-    seconds: float = 0.0
-    picture: Picture | None = None
-    enhanced: ms.Enhanced | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes it holds."""
-        arrays = [self.picture.pixels, self.picture.alpha] if self.picture else []
-        arrays += (
-            [self.enhanced.best, *self.enhanced.samples, self.enhanced.deviation]
-            if self.enhanced
-            else []
-        )
-        return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
-
-
-class Studio:
-    """The models, and the one worker that uses them."""
-
-    def __init__(
-        self, checkpoints: Sequence[Path], settings: dict[str, Any], megapixels: float
-    ) -> None:
-        self.models = {self._label(path): path for path in checkpoints}
-        self.settings, self.megapixels = settings, megapixels
-        self.jobs: dict[str, Job] = {}
-        self.lock, self.todo = threading.Lock(), queue.Queue[str]()
-        # drawing takes several times a picture's memory: one view at a time, which is soon over,
-        # and one whole picture
-        self.drawing, self.packing, self.places = (
-            threading.Lock(),
-            threading.Lock(),
-            threading.Semaphore(WHOLE_TOGETHER),
-        )
-        # the bytes of whole pictures still open for a browser
-        self.unsent = weakref.WeakKeyDictionary[io.BytesIO, int]()
-        self.closing = False
-        self.load = functools.lru_cache(maxsize=2)(self._load)
-        self.worker = threading.Thread(target=self._work, daemon=True)
-        self.worker.start()
-
-    def close(self) -> None:
-        """Let the worker finish what it does, not what waits, and end it: Python must not exit
-        while it is inside a library."""
-        self.closing = True
-        self.todo.put("")
-        self.worker.join()
-
-    @staticmethod
-    def _label(path: Path) -> str:
-        resolved = path.resolve()
-        return str(resolved.relative_to(ROOT)) if ROOT in resolved.parents else str(path)
-
-    def _load(self, label: str) -> ms.Loaded:
-        # not what the checkpoint holds beside the weights, which may be large
-        return load_any(str(self.models[label]), self.settings)._replace(checkpoint={})
-
-    def submit(self, data: bytes, model: str, samples: int, uncertainty: bool) -> str:
-        """The new job's name. Raises UserError for what can be seen to be no fit picture, TooBusy
-        when too many wait."""
-        with opened(io.BytesIO(data)) as picture:
-            width, height = picture.size
-        if width * height > self.megapixels * 1e6:
-            raise UserError(
-                f"the picture has {width * height / 1e6:.1f} megapixels; this page takes"
-                f" {self.megapixels:g}"
-            )
-        with self.lock:
-            waiting = [job for job in self.jobs.values() if job.state in ("waiting", "working")]
-            if (
-                len(waiting) >= LONGEST_QUEUE
-                or sum(job.size for job in waiting) + len(data) > KEEP_BYTES
-            ):
-                raise TooBusy("too many pictures are waiting; try again in a moment")
-            name = secrets.token_urlsafe(16)
-            self.jobs[name] = Job(data, model, samples, uncertainty)
-        self.todo.put(name)
-        return name
-
-    def place(self, name: str) -> int:
-        """How many jobs are before this one."""
-        with self.lock:
-            before = itertools.takewhile(lambda other: other != name, self.jobs)
-            return sum(self.jobs[other].state in ("waiting", "working") for other in before)
-
-    @contextlib.contextmanager
-    def turn(self, whole: bool) -> Iterator[None]:
-        """To draw within. Views wait for each other; a whole picture may take half a minute, so
-        that only WHOLE_TOGETHER are taken on: threads stay free for everything else.
-
-        Raises TooBusy for more, and while slow browsers have yet to fetch more than KEEP_BYTES of
-        whole pictures.
-        """
-        if not whole:
-            with self.drawing:
-                yield
-            return
-        busy = TooBusy("too many full-size pictures are on their way; try again in a moment")
-        if not self.places.acquire(blocking=False):
-            raise busy
-        try:
-            with self.packing:
-                if (
-                    sum(size for stream, size in self.unsent.items() if not stream.closed)
-                    > KEEP_BYTES
-                ):
-                    raise busy
-                yield
-        finally:
-            self.places.release()
-
-    def forget(self) -> None:
-        """Drop finished jobs that are old, or whose room newer ones need; the newest stays, and
-        those that wait."""
-        with self.lock:
-            finished = [name for name, job in self.jobs.items() if job.state in ("done", "failed")]
-            held, now = 0, time.monotonic()
-            for age, name in enumerate(reversed(finished)):
-                held += self.jobs[name].size
-                if (held > KEEP_BYTES and age) or now - self.jobs[name].created > KEEP_SECONDS:
-                    del self.jobs[name]
-
-    def _work(self) -> None:
-        while True:
-            try:
-                name = self.todo.get(timeout=30)
-            except queue.Empty:
-                self.forget()
-                continue
-            if self.closing:
-                return
-            job = self.jobs[name]
-            job.state = "working"
-            try:
-                self._do(job)
-                job.state = "done"
-            except UserError as error:
-                job.state, job.message = "failed", str(error)
-            except Exception as error:  # the page must answer, whatever a picture does to a library
-                job.state, job.message = (
-                    "failed",
-                    f"this picture cannot be enhanced ({type(error).__name__})",
-                )
-            job.data = b""
-            self.forget()
-
-    def _do(self, job: Job) -> None:
-        started = time.perf_counter()
-        job.picture = read_picture(io.BytesIO(job.data))
-        loaded = self.load(job.model)
-        model, _ = loaded.choose(job.picture.pixels)
-        wanted = dataclasses.replace(loaded.use, samples=job.samples, uncertainty=job.uncertainty)
-        job.enhanced = ms.enhance_pixels(model, job.picture.pixels, wanted, loaded.runtime)
-        job.seconds = time.perf_counter() - started
-
-
-class InMemoryRequest(flask.Request):
-    """Werkzeug would put an upload above 500 kB into a temporary file."""
-
-    def _get_file_stream(self, *_: Any, **__: Any) -> io.BytesIO:
-        return io.BytesIO()
-
-
-@functools.cache
-def sample_picture(name: str) -> bytes:
-    """A photograph that ships with scikit-image, as the demo's simulated sensor saw it: a PNG."""
-    rng = np.random.default_rng(0)
-    high = np.asarray(demo_photograph(name))[:512, :512]
-    return encode_picture(simulate_infrared(high, rng), ".png", Picture(high))
-
-
-def make_app(studio: Studio, megabytes: float) -> flask.Flask:
-    """The page and its few addresses; `megabytes` limits an upload."""
-    app = flask.Flask(__name__, static_folder=None)
-    app.request_class = InMemoryRequest
-    app.config["MAX_CONTENT_LENGTH"] = int(megabytes * 2**20)
-    app.config["MAX_FORM_MEMORY_SIZE"] = app.config["MAX_CONTENT_LENGTH"]
-
-    def say(status: int, message: str) -> flask.Response:
-        response = flask.jsonify(error=message)
-        response.status_code = status
-        return response
-
-    def find(name: str) -> Job:
-        job = studio.jobs.get(name)
-        if job is None:
-            flask.abort(say(404, "this result is no longer kept; upload the picture again"))
-        return job
-
-    def finished(name: str) -> tuple[Picture, ms.Enhanced]:
-        job = find(name)
-        if job.picture is None or job.enhanced is None:
-            flask.abort(say(409, job.message or "not ready yet"))
-        return job.picture, job.enhanced
-
-    def number(name: str, default: float, low: float, high: float) -> float:
-        try:
-            value = float(flask.request.values.get(name, default))
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            flask.abort(say(400, f"{name} must be a number in [{low:g}, {high:g}]"))
-        return value
-
-    @app.get("/")
-    def page() -> flask.Response:
-        nonce = secrets.token_urlsafe(16)
-        options = {
-            "models": list(studio.models),
-            "samples": SAMPLES,
-            "megabytes": megabytes,
-            "nonce": nonce,
-        }
-        response = flask.Response(
-            flask.render_template("page.html", **options), mimetype="text/html"
-        )
-        response.headers["Content-Security-Policy"] = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src"
-            " 'self' blob: data:; connect-src 'self'; form-action 'none'; base-uri 'none';"
-            " frame-ancestors 'none'"
-        )
-        return response
-
-    @app.get("/samples/<name>")
-    def sample(name: str) -> flask.Response:
-        if name not in SAMPLES:
-            return say(404, "no such sample")
-        return flask.Response(sample_picture(name), mimetype="image/png")
-
-    @app.post("/jobs")
-    def submit() -> flask.Response:
-        origin = flask.request.headers.get("Origin")
-        if origin and origin.split("://", 1)[-1] != flask.request.host:
-            return say(403, "uploads are taken from this page alone")
-        upload = flask.request.files.get("picture")
-        if upload is None:
-            return say(400, "choose a picture first")
-        model = flask.request.form.get("model", next(iter(studio.models)))
-        if model not in studio.models:
-            return say(400, "no such model")
-        samples, uncertainty = (
-            int(number("samples", 0, 0, 4)),
-            flask.request.form.get("uncertainty") == "1",
-        )
-        try:
-            name = studio.submit(upload.stream.read(), model, samples, uncertainty)
-        except UserError as error:
-            return say(400, str(error))
-        response = flask.jsonify(job=name)
-        response.status_code = 202
-        return response
-
-    @app.get("/jobs/<name>")
-    def status(name: str) -> flask.Response:
-        job = find(name)
-        answer: dict[str, Any] = {
-            "state": job.state,
-            "message": job.message,
-            "seconds": round(job.seconds, 2),
-        }
-        if job.state == "waiting":
-            answer["before"] = studio.place(name)
-        if job.enhanced is not None and job.picture is not None:
-            height, width = job.picture.pixels.shape[:2]
-            deviation = job.enhanced.deviation
-            answer |= {
-                "width": width,
-                "height": height,
-                "samples": len(job.enhanced.samples),
-                "note": job.picture.note,
-            }
-            answer |= {
-                "deviation": None if deviation is None else round(float(deviation.mean()), 5)
-            }
-        return flask.jsonify(answer)
-
-    def view_response(pixels: np.ndarray) -> flask.Response:
-        return flask.Response(encode_view(pixels, False), mimetype="image/jpeg")
-
-    def whole_response(data: bytes, name: str = "") -> flask.Response:
-        stream = io.BytesIO(data)
-        studio.unsent[stream] = len(data)
-        # the server closes the stream when it is sent
-        response = flask.send_file(stream, "image/png", conditional=False)
-        if name:
-            response.headers["Content-Disposition"] = f'attachment; filename="{name}.png"'
-        return response
-
-    @app.get("/jobs/<name>/<what>")
-    def picture(name: str, what: str) -> flask.Response:
-        given, found = finished(name)
-        whole = flask.request.args.get("full") == "1"
-        with studio.turn(whole):
-            return drawn(given, found, what, whole)
-
-    def drawn(given: Picture, found: ms.Enhanced, what: str, whole: bool) -> flask.Response:
-        if what == "uncertainty" and found.deviation is not None:
-            heat = heat_map(found.deviation)
-            return whole_response(encode_view(heat, True)) if whole else view_response(heat)
-        if what == "low":
-            pixels = given.pixels
-            shallow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
-            return view_response(shallow)
-        choices = {
-            "enhanced": found.best,
-            **{f"sample{n}": s for n, s in enumerate(found.samples, 1)},
-        }
-        if what not in choices:
-            return say(404, "no such picture")
-        deep = whole and given.pixels.dtype == np.uint16
-        pixels = level_table(number("exposure", 0, -6, 6), deep)[choices[what]]
-        if whole:
-            return whole_response(encode_picture(pixels, ".png", given), what)
-        return view_response(pixels)
-
-    @app.errorhandler(413)
-    def too_large(_: Exception) -> flask.Response:
-        return say(413, f"the file is larger than {megabytes:g} MB, the limit of this page")
-
-    @app.errorhandler(TooBusy)
-    def busy(error: TooBusy) -> flask.Response:
-        response = say(503, str(error))
-        response.headers["Retry-After"] = "5"
-        return response
-
-    @app.errorhandler(404)
-    @app.errorhandler(405)
-    @app.errorhandler(400)
-    def wrong(error: Any) -> flask.Response:
-        return error.response or say(error.code, error.name.lower())
-
-    @app.after_request
-    def guard(response: flask.Response) -> flask.Response:
-        response.headers.setdefault(
-            "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
-        )
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["X-Frame-Options"] = "DENY"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
-        response.headers["Cache-Control"] = "no-store"
-        return response
-
-    return app
-
-
-def encode_view(pixels: np.ndarray, whole: bool) -> bytes:
-    """uint8 pixels for the page: a JPEG of at most 2048 pixels a side, or a PNG of the whole."""
-    encoded, image = io.BytesIO(), Image.fromarray(pixels)
-    if whole:
-        image.save(encoded, "PNG")
-    else:
-        image.thumbnail((2048, 2048))
-        image.save(encoded, "JPEG", quality=92)
-    return encoded.getvalue()
 
 
 def find_checkpoints(given: Sequence[str]) -> list[Path]:
@@ -466,9 +78,9 @@ def bounded(kind: Callable[[str], float], low: float, high: float) -> Callable[[
     return parse
 
 
-def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., None]) -> None:
-    """Serve the page until Ctrl-C. Raises UserError where that cannot be done at the address asked
-    for."""
+def listen(studio: Studio, arguments: argparse.Namespace, create: Callable[..., Any]) -> Any:
+    """The server, which has its port already. Raises UserError where there is no listening at the
+    address asked for."""
     host, port = arguments.host, arguments.port
     # bodies up to the limit stay in memory: waitress, too, would put larger ones into temporary
     # files
@@ -479,9 +91,8 @@ def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., N
     # no view is that large; full-size pictures pass it by, and `turn` bounds them
     limits |= dict(outbuf_overflow=2**24)
     app = make_app(studio, arguments.max_megabytes)
-    print(f"open http://{host}:{port}/ in a browser; Ctrl-C ends", flush=True)
     try:
-        serve(app, host=host, port=port, threads=8, ident=None, **limits)
+        return create(app, host=host, port=port, threads=8, ident=None, **limits)
     # waitress's word for a host that has no address; the numbers are checked before
     except ValueError as error:
         raise UserError(
@@ -492,7 +103,9 @@ def listen(studio: Studio, arguments: argparse.Namespace, serve: Callable[..., N
         raise UserError(f"{option}: cannot listen ({error.strerror}); choose another") from error
 
 
-def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitress.serve) -> int:
+def main(
+    argv: Sequence[str] | None = None, create: Callable[..., Any] = waitress.create_server
+) -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
     most = KEEP_BYTES / 2**20  # megabytes; the queue takes no more
     parser = OneLineParser(
@@ -514,11 +127,15 @@ def main(argv: Sequence[str] | None = None, serve: Callable[..., None] = waitres
         arguments = parser.parse_args(argv)
         settings = read_all((ms.Config, ms.Use), None, arguments.set, ASKED)
         studio = Studio(find_checkpoints(arguments.checkpoint), settings, arguments.max_megapixels)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(studio.close)
+            server = listen(studio, arguments, create)  # a taken port is told before all else
+            stack.callback(server.close)
             studio.load(next(iter(studio.models)))
-            listen(studio, arguments, serve)
-        finally:
-            studio.close()
+            studio.show_example(sample_picture(next(iter(SAMPLES))))
+            at = f"http://{arguments.host}:{arguments.port}/"
+            print(f"open {at} in a browser; Ctrl-C ends", flush=True)
+            server.run()
         return 0
 
     return run(work)
