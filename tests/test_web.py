@@ -251,7 +251,34 @@ def test_sliders_are_the_command_lines_arithmetic(client: Any, studio: rooms.Stu
     assert (full == expected).all()
     assert client.get(f"/jobs/{job}/enhanced?strength=1.1").status_code == 400
     start = {one["key"]: one["start"] for one in web_results.sliders({"strength": 0.5})}
-    assert start == {"exposure": 0.0, "strength": 0.5}
+    assert start == {"exposure": 0.0, "strength": 0.5, "denoise": 0.0}
+
+
+def test_denoise_is_the_command_lines_and_what_was_asked_last_is_kept(
+    client: Any, studio: rooms.Studio
+) -> None:
+    job, _ = wait(client, upload(client, encoded(LOW)))
+    loaded = studio.load(next(iter(studio.models)))
+    for denoise in (1.0, 0.4):
+        use = dataclasses.replace(loaded.use, denoise=denoise)
+        levels = ms.enhance_pixels(loaded.model, LOW, use, loaded.runtime).best
+        expected = level_table(0.0, False)[levels]
+        for how in ("full=1", "lossless=1"):
+            found = pixels_of(client.get(f"/jobs/{job}/enhanced?{how}&denoise={denoise}"))
+            assert (found == expected).all()
+    assert [kept for kept, _ in studio.jobs[job].calm.values()] == [0.4]
+    plain = pixels_of(client.get(f"/jobs/{job}/enhanced?full=1"))
+    assert (plain != expected).any()
+
+
+@pytest.mark.parametrize("known", [True, False, None])
+def test_a_picture_of_no_known_camera_has_a_note(
+    known: bool | None, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ms.Loaded, "knows", lambda *_: known)
+    _, info = wait(client, upload(client, encoded(LOW)))
+    said = ["looks like no camera that these weights were trained on; its colours may be wrong"]
+    assert info["notes"] == (said if known is False else [])
 
 
 def test_views_are_reduced_and_full_views_are_not(

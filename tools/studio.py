@@ -63,6 +63,10 @@ class Job:
     picture: Picture | None = None
     enhanced: ms.Enhanced | None = None
     reduced: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # for small views
+    calm: dict[str, tuple[float, np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )  # by denoise
+    known: bool | None = None  # whether it looks like what the weights were trained on
 
     @property
     def size(self) -> int:
@@ -73,7 +77,7 @@ class Job:
             if self.enhanced
             else []
         )
-        arrays += self.reduced.values()
+        arrays += [*self.reduced.values(), *(levels for _, levels in self.calm.values())]
         return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
 
     def progress(self, done: int, total: int) -> None:
@@ -248,7 +252,11 @@ class Studio:
         job.picture = read_picture(io.BytesIO(job.data))
         loaded = self.load(job.model)
         model, _ = loaded.choose(job.picture.pixels)
-        wanted = dataclasses.replace(loaded.use, samples=job.samples, uncertainty=job.uncertainty)
+        # the page's slider denoises what is shown
+        wanted = dataclasses.replace(
+            loaded.use, samples=job.samples, uncertainty=job.uncertainty, denoise=0.0
+        )
+        job.known = loaded.knows(job.picture.pixels)
         pixels, runtime, job.quality = job.picture.pixels, loaded.runtime, wanted.quality
         job.enhanced = ms.enhance_pixels(model, pixels, wanted, runtime, progress=job.progress)
         job.seconds = time.perf_counter() - started

@@ -40,6 +40,7 @@ def number(text: Any, name: str, low: float, high: float) -> float:
 
 
 RANGES = results.ranges()
+UNLIKE = "looks like no camera that these weights were trained on; its colours may be wrong"
 # no slider at all: nothing is changed
 NEUTRAL = {"exposure": 0.0, "strength": 1.0}
 
@@ -69,7 +70,8 @@ def facts(job: Job, before: int) -> dict[str, Any]:
         mean = None if enhanced.deviation is None else round(float(enhanced.deviation.mean()), 5)
         found |= {"width": width, "height": height, "samples": len(enhanced.samples)}
         found |= {"files": {what: results.file_name(job, what) for what in results.answers(job)}}
-        found |= {"notes": [picture.note] if picture.note else [], "deviation": mean}
+        strange = UNLIKE if job.known is False else ""
+        found |= {"notes": [note for note in (picture.note, strange) if note], "deviation": mean}
     return found
 
 

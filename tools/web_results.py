@@ -20,6 +20,7 @@ import model_script as ms
 from support.decoding import Picture
 from support.pictures import (
     blend,
+    calmed,
     encode_or_explain,
     encode_picture,
     heat_map,
@@ -50,10 +51,11 @@ class Slider(NamedTuple):
     unit: str  # "%" shows a share in hundredths
 
 
-# a further line is a further slider; what it does to the pixels is `finished`'s work
+# a further line is a further slider; what it does to the pixels is `finished`'s work, or `calm`'s
 SLIDERS = (
     Slider("exposure", "Exposure", -2, 2, 0.05, "stops"),
     Slider("strength", "Strength", 0, 1, 0.01, "%"),
+    Slider("denoise", "Denoise", 0, 1, 0.05, "%"),
 )
 
 
@@ -88,7 +90,8 @@ def whole(job: Job, what: str, values: Mapping[str, float]) -> bytes:
     """The file of one of `answers`, with the upload's format, depth, alpha and metadata."""
     assert job.picture is not None
     deep = job.picture.pixels.dtype == np.uint16
-    pixels = finished(job.picture.pixels, answers(job)[what], values, deep)
+    levels = calmed(answers(job)[what], values["denoise"])
+    pixels = finished(job.picture.pixels, levels, values, deep)
     return encode_or_explain(pixels, Path(file_name(job, what)), job.picture, job.quality)
 
 
@@ -118,11 +121,24 @@ def small(job: Job, what: str, side: int) -> np.ndarray:
     return job.reduced[what]
 
 
+def calm(job: Job, what: str, side: int, denoise: float) -> np.ndarray:
+    """`small`, with less noise; the last one of each size is kept, as the other sliders ask for it
+    again. A view that is made smaller has less noise from the start, so it changes little."""
+    levels = small(job, what, side)
+    if denoise == 0:
+        return levels
+    key = f"{what} {len(levels)}"
+    known = job.calm.get(key)
+    if known is None or known[0] != denoise:
+        known = job.calm[key] = (denoise, calmed(levels, denoise))
+    return known[1]
+
+
 def view(job: Job, what: str, values: Mapping[str, float], side: int) -> np.ndarray:
     """(H, W, 3) uint8 to look at, at most `side` pixels a side."""
     before = small(job, "low", side)
     if what != "low":
-        return finished(before, small(job, what, side), values, False)
+        return finished(before, calm(job, what, side, values["denoise"]), values, False)
     return before if before.dtype == np.uint8 else (before >> 8).astype(np.uint8)
 
 

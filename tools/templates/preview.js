@@ -1,5 +1,5 @@
 // The preview: exposure and strength on a reduced picture, as the server does them at full size:
-// gains and mixtures in linear light (sRGB, IEC 61966-2-1).
+// gains and mixtures in linear light (sRGB, IEC 61966-2-1). Noise is the server's work, on release.
 
 const PREVIEW_SIDE = 800, WHITE = 65534; // two rounded halves still fit into 16 bits
 const light = Float64Array.from({ length: 256 }, (_, level) => {
@@ -50,8 +50,8 @@ class Preview {
   }
 
   // Fetch what it works on, once for each answer.
-  async prepare(job, what) {
-    const url = `/jobs/${job}/${what}?side=${PREVIEW_SIDE}&lossless=1`;
+  async prepare(job, what, denoise) {
+    const url = `/jobs/${job}/${what}?side=${PREVIEW_SIDE}&lossless=1&denoise=${denoise}`;
     if (url === this.url) return;
     this.clear();
     this.url = url;

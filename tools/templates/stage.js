@@ -143,8 +143,9 @@ function reveal(item, want, visibleAlone) {
   speak();
   if (!want.run) return;
   settle();
-  previews.after.prepare(want.run.job, want.answer);
-  if (want.left) previews.before.prepare(want.left.job, "enhanced");
+  const { denoise } = item.settings.values;
+  previews.after.prepare(want.run.job, want.answer, denoise);
+  if (want.left) previews.before.prepare(want.left.job, "enhanced", denoise);
   else previews.before.clear();
   if (doneRun(item) && viewport.dataset.said !== want.after) announce(`${item.name}: enhanced`);
   viewport.dataset.said = want.after;

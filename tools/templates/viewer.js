@@ -30,11 +30,16 @@ function keepInside(start, length, room) {
   return length <= room ? (room - length) / 2 : clamp(start, room - length, 0);
 }
 
+// On the screen's own pixels: between two of them a picture would be blurred.
+const snap = (place, start) =>
+  Math.round((start + place) * devicePixelRatio) / devicePixelRatio - start;
+
 function draw() {
   if (!view.width) return;
   const width = view.width * view.scale, height = view.height * view.scale;
-  view.x = keepInside(view.x, width, viewport.clientWidth);
-  view.y = keepInside(view.y, height, viewport.clientHeight);
+  const place = viewport.getBoundingClientRect();
+  view.x = snap(keepInside(view.x, width, viewport.clientWidth), place.left);
+  view.y = snap(keepInside(view.y, height, viewport.clientHeight), place.top);
   const style = $("picture").style;
   style.width = `${width}px`;
   style.height = `${height}px`;
