@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,6 +269,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing_half_written(checkpoint: Path, tmp_
     words = ["--checkpoint", str(checkpoint), "--input", "in.mp4", "--output", "out/it.mp4"]
     command = [sys.executable, tool, *words, "--set", "device=cpu"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # tests that run in the background of a shell hand on that Ctrl-C is to be ignored
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes) as process:
         half = tmp_path / "out" / f".it.{process.pid}.mp4"
         printed = stop_when(process, half, signal.SIGINT)

@@ -84,10 +84,13 @@ for (const slider of shown.sliders) {
   Object.assign(range, { type: "range", id: slider.key, min: slider.low, max: slider.high });
   range.step = slider.step;
   output.htmlFor = slider.key;
+  output.className = slider.unit === "%" ? "short" : "";
   label.append(slider.title, range, output);
   $("sliders").append(label);
   range.addEventListener("input", () => slide(slider, range));
-  range.addEventListener("change", () => release(slider, range));
+  // one that comes back to where it was does not change
+  for (const name of ["change", "pointerup", "blur"])
+    range.addEventListener(name, () => { if (held) release(slider, range); });
 }
 
 function write(slider) {

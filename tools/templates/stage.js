@@ -101,11 +101,14 @@ function sides(item) {
   return { before, after: viewUrl(run, answer, settings.values), tags, heat, run, left, answer };
 }
 
-// Bring the stage up to date; nothing is fetched twice.
+const keyOf = (item, want) => [item.url, want.before, want.after, want.heat].join(" ");
+
+// Bring the stage up to date; nothing is fetched twice, nor while a slider moves: its preview is
+// there, and its release comes here.
 async function paint() {
   const item = current;
-  if (!item) return;
-  const want = sides(item), key = [item.url, want.before, want.after, want.heat].join(" ");
+  if (!item || held) return;
+  const want = sides(item), key = keyOf(item, want);
   if (key === revealed) settle();
   if (key === painted) return;
   painted = key;
