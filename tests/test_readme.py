@@ -67,7 +67,7 @@ def test_the_commands_work_in_the_order_of_the_readme(clone: Path) -> None:
             env=environment() | {"PATH": os.environ["PATH"]},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         tried.append(line)
