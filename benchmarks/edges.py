@@ -1,9 +1,11 @@
-"""What the mirrored rim does to the outermost lines of enhanced pictures, and to the scores.
+"""Lines that the model makes by itself: along the edges of a picture, and between two rows.
 
     python benchmarks/edges.py --pairs data/val/eliei --pairs data/val/lol --pairs data/val/sice
 
 A step is how far the outermost row or column is from the mean of the third to fifth, both averaged
-over 31 pixels along the edge, in levels of 255: the mean over the four edges.
+over 31 pixels along the edge, in levels of 255: the mean over the four edges. It is given with and
+without the mirrored rim, beside the scores. Rows are by how much even rows differ from odd ones
+over the flattest tenth of the target's blocks of 16x16, in levels: the mean over the channels.
 
 Then a picture of one colour is enhanced, whose rows should all be alike: by how many levels even
 rows differ from odd ones, red, green and blue, and the same of columns. That pattern is made by the
@@ -42,6 +44,21 @@ def step(image: np.ndarray) -> float:
     return float(np.mean(found))
 
 
+def blocks(image: np.ndarray, side: int = 16) -> np.ndarray:
+    """(H, W, 3) -> (N, side, side, 3), without what is left over at the right and below."""
+    high, wide = (length // side for length in image.shape[:2])
+    cut = image[: high * side, : wide * side].reshape(high, side, wide, side, 3)
+    return cut.swapaxes(1, 2).reshape(-1, side, side, 3)
+
+
+def row_difference(image: np.ndarray, target: np.ndarray) -> float:
+    """Of even rows and odd ones where the target is flat; (H, W, 3) pictures in [0, 1]."""
+    deviation = blocks(target).std((1, 2)).mean(1)
+    flat = blocks(image)[deviation <= np.quantile(deviation, 0.1)]
+    difference = (flat[:, ::2] - flat[:, 1::2]).mean((0, 1, 2))
+    return float(np.abs(difference).mean() * 255)
+
+
 def pattern(loaded: ms.Loaded, model: ms.ConditionalFlow, colour: tuple[int, ...]) -> np.ndarray:
     """(2, 3): even rows less odd ones, and columns, in levels, in the middle of a picture of one
     `colour`."""
@@ -62,7 +79,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         loaded = ms.load_model(arguments.checkpoint, {}, ms.ConditionalFlow)
-        print(f"{'pairs':16} {'rim':>4} {'step':>6} {'target':>6} {'PSNR':>8} {'SSIM':>8}")
+        print(
+            f"{'pairs':16} {'rim':>4} {'step':>6} {'target':>6} {'rows':>6} {'target':>6}", end=""
+        )
+        print(f" {'PSNR':>8} {'SSIM':>8}")
         for folder in arguments.pairs:
             pairs = find_pairs(f"{folder}/low", f"{folder}/high", "eval")
             rows: dict[int, list[list[float]]] = {0: [], ms.RIM: []}
@@ -74,12 +94,14 @@ def main() -> int:
                     best = ms.enhance_pixels(model, low, loaded.use, loaded.runtime).best
                     enhanced = np.rint(best / 257) / 255
                     scores = image_metrics(enhanced, high)
-                    found.append([step(enhanced), step(high), scores["psnr"], scores["ssim"]])
+                    lines = [step(enhanced), step(high)]
+                    lines += [row_difference(image, high) for image in (enhanced, high)]
+                    found.append([*lines, scores["psnr"], scores["ssim"]])
             for rim, found in rows.items():
-                ours, theirs, psnr, ssim = np.mean(found, axis=0)
+                *lines, psnr, ssim = np.mean(found, axis=0)
                 name = "/".join(Path(folder).parts[-2:])
-                told = f"{ours:6.2f} {theirs:6.2f} {psnr:8.3f} {ssim:8.4f}"
-                print(f"{name:16} {rim:4} {told}", flush=True)
+                told = " ".join(f"{value:6.2f}" for value in lines)
+                print(f"{name:16} {rim:4} {told} {psnr:8.3f} {ssim:8.4f}", flush=True)
         networks = {"ordinary": loaded.model, "infrared": loaded.infrared or loaded.model}
         for name, network in networks.items():
             for colour in COLOURS:
