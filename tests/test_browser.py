@@ -441,6 +441,11 @@ def test_sliders_act_within_a_frame_and_at_full_size_on_release(page: Any, low: 
         assert np.abs(preview - full).mean() < 1 and np.abs(preview - full).max() <= 4
         asked.clear()
     assert "+2.00 stops" in page.inner_text("#sliders") and "30 %" in page.inner_text("#sliders")
+    # let go where it was taken: browsers tell of no change then
+    set_slider(page, "strength", 0.3, release=False)
+    soon(page, "!$('after-preview').hidden")
+    page.dispatch_event("#strength", "pointerup")
+    soon(page, "$('after-preview').hidden")
     page.click("#reset")
     finished(page)
     assert page.input_value("#exposure") == "0" and page.input_value("#strength") == "1"
