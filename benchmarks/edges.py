@@ -79,10 +79,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         loaded = ms.load_model(arguments.checkpoint, {}, ms.ConditionalFlow)
-        print(
-            f"{'pairs':16} {'rim':>4} {'step':>6} {'target':>6} {'rows':>6} {'target':>6}", end=""
-        )
-        print(f" {'PSNR':>8} {'SSIM':>8}")
+        lines_of = " ".join(f"{name:>6}" for name in ("step", "target", "rows", "target"))
+        print(f"{'pairs':16} {'rim':>4} {lines_of} {'PSNR':>8} {'SSIM':>8}")
         for folder in arguments.pairs:
             pairs = find_pairs(f"{folder}/low", f"{folder}/high", "eval")
             rows: dict[int, list[list[float]]] = {0: [], ms.RIM: []}

@@ -84,11 +84,11 @@ for (const slider of shown.sliders) {
   Object.assign(range, { type: "range", id: slider.key, min: slider.low, max: slider.high });
   range.step = slider.step;
   output.htmlFor = slider.key;
-  output.className = slider.unit === "%" ? "short" : "";
+  output.classList.toggle("short", slider.unit === "%");
   label.append(slider.title, range, output);
   $("sliders").append(label);
   range.addEventListener("input", () => slide(slider, range));
-  // one that comes back to where it was does not change
+  // a slider that is let go where it was taken sends no change
   for (const name of ["change", "pointerup", "blur"])
     range.addEventListener(name, () => { if (held) release(slider, range); });
 }
