@@ -366,8 +366,7 @@ class TrainingSamples(Dataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# Flow. Every layer: forward(x, condition) -> (y, log_det), inverse(y, condition) -> (x, log_det),
-# log_det of shape (B,)
+# Flow. Every layer: forward(x, condition) -> (y, log_det of shape (B,)), inverse(y, condition) -> x
 # --------------------------------------------------------------------------------------------------
 
 SCALE_BOUND = 0.5
@@ -388,10 +387,8 @@ class LogitMap(nn.Module):
         log_det = math.log(1 - 2 * self.alpha) - p.log() - (1 - p).log()
         return p.logit(), log_det.flatten(1).sum(1)
 
-    def inverse(self, v: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = (v.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
-        log_det = F.logsigmoid(v) + F.logsigmoid(-v) - math.log(1 - 2 * self.alpha)
-        return y, log_det.flatten(1).sum(1)
+    def inverse(self, v: Tensor, condition: Tensor | None = None) -> Tensor:
+        return (v.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
 
 class Squeeze(nn.Module):
@@ -400,8 +397,8 @@ class Squeeze(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
 
-    def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(y, 2), y.new_zeros(len(y))
+    def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        return F.pixel_shuffle(y, 2)
 
 
 class InvertibleConv(nn.Module):
@@ -430,12 +427,9 @@ class InvertibleConv(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, self.weight()[:, :, None, None]), log_det.expand(len(x))
 
-    def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = -self.log_diagonal.sum() * y.shape[2] * y.shape[3]
+    def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            return F.conv2d(y, torch.linalg.inv(self.weight())[:, :, None, None]), log_det.expand(
-                len(y)
-            )
+            return F.conv2d(y, torch.linalg.inv(self.weight())[:, :, None, None])
 
 
 class Coupling(nn.Module):
@@ -472,10 +466,10 @@ class Coupling(nn.Module):
         scale, shift = self.scale_and_shift(kept, condition)
         return self._join(kept, changed * scale.exp() + shift), scale.flatten(1).sum(1)
 
-    def inverse(self, y: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, condition: Tensor) -> Tensor:
         kept, changed = self._split(y)
         scale, shift = self.scale_and_shift(kept, condition)
-        return self._join(kept, (changed - shift) * (-scale).exp()), -scale.flatten(1).sum(1)
+        return self._join(kept, (changed - shift) * (-scale).exp())
 
 
 class Flow(nn.Module):
@@ -508,13 +502,11 @@ class Flow(nn.Module):
             total = total + log_det
         return y, total
 
-    def inverse(self, z: Tensor, condition: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(len(z))
+    def inverse(self, z: Tensor, condition: Sequence[Tensor]) -> Tensor:
         layers: Iterable[Any] = reversed(self.layers)
         for layer, level in zip(layers, reversed(self.levels), strict=True):
-            z, log_det = layer.inverse(z, condition[level])
-            total = total + log_det
-        return z, total
+            z = layer.inverse(z, condition[level])
+        return z
 
 
 # --------------------------------------------------------------------------------------------------
@@ -948,7 +940,7 @@ class ConditionalFlow(System):
         latent, (height, width), (top, left) = condition[0], condition.size, condition.corner
         if noise is not None:
             latent = latent + self.log_sigma.exp() * noise
-        found = requantise(self.flow.inverse(latent, condition.features)[0])
+        found = requantise(self.flow.inverse(latent, condition.features))
         return found[..., top : top + height, left : left + width]
 
     def code_length(self, high: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -368,7 +368,7 @@ class MSFormer(nn.Module):
         ]
 
 
-# Flow: the script's contract, forward and inverse both give (output, log_det of shape (B,)) -------
+# Flow: the script's contract, forward gives (output, log_det of shape (B,)), inverse the input ----
 
 PLAIN_STEPS = 2  # steps without coupling that open a level
 SCALE_FLOOR = 3e-4
@@ -408,10 +408,8 @@ class ActNorm(nn.Module):
             self.log_scale.sum() * x.shape[2] * x.shape[3]
         ).expand(len(x))
 
-    def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y * (-self.log_scale).exp() - self.shift, (
-            -self.log_scale.sum() * y.shape[2] * y.shape[3]
-        ).expand(len(y))
+    def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        return y * (-self.log_scale).exp() - self.shift
 
 
 class CBAM(nn.Module):
@@ -458,9 +456,9 @@ class ConditionalAffine(nn.Module):
         scale, shift = self.scale_and_shift(x, condition)
         return (x + shift) * scale, scale.log().flatten(1).sum(1)
 
-    def inverse(self, y: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift(y, condition)
-        return y / scale - shift, -scale.log().flatten(1).sum(1)
+        return y / scale - shift
 
 
 class CrossCoupling(ConditionalAffine):
@@ -477,10 +475,10 @@ class CrossCoupling(ConditionalAffine):
         moved, log_det = super().forward(moved, torch.cat([kept, condition], 1))
         return torch.cat([moved, kept], 1), log_det
 
-    def inverse(self, y: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, condition: Tensor) -> Tensor:
         moved, kept = y.chunk(2, dim=1)
-        moved, log_det = super().inverse(moved, torch.cat([kept, condition], 1))
-        return torch.cat([kept, moved], 1), log_det
+        moved = super().inverse(moved, torch.cat([kept, condition], 1))
+        return torch.cat([kept, moved], 1)
 
 
 class CrossFlow(ms.Flow):
@@ -571,7 +569,7 @@ class UPTFlow(ms.System):
         if config.nll_weight:
             terms["nll"] = config.nll_weight * self.bits(high, features)[0].mean()
         if config.l1_weight or config.ssim_weight or config.colour_weight:
-            y, _ = self.flow.inverse(self.latent(high), features)
+            y = self.flow.inverse(self.latent(high), features)
             terms |= ms.picture_losses(ms.requantise(y), high, config)
             # before the clamp, which would give no gradient where the picture is black or white
             if config.l1_weight:
@@ -601,7 +599,7 @@ class UPTFlow(ms.System):
         Above `temperature` 0 they vary.
         """
         padded = pad_to_multiple(low, 8)
-        y, _ = self.flow.inverse(self.latent(padded, temperature), self.condition(padded))
+        y = self.flow.inverse(self.latent(padded, temperature), self.condition(padded))
         return ms.requantise(y)[..., : low.shape[-2], : low.shape[-1]]
 
     def pictures(self, low: Tensor) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class WithoutFlow(ms.ConditionalFlow):
             layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))
         ]
         for layer in reversed(squeezes):
-            latent = layer.inverse(latent)[0]
+            latent = layer.inverse(latent)
         return ms.requantise(latent)[..., :height, :width]
 
 

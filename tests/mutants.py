@@ -63,13 +63,13 @@ MUTANTS = [
         FLOW,
     ),
     Mutant(
-        "y = (v.sigmoid() - self.alpha) / (1 - 2 * self.alpha)",
-        "y = v.sigmoid() - self.alpha",
+        "return (v.sigmoid() - self.alpha) / (1 - 2 * self.alpha)",
+        "return v.sigmoid() - self.alpha",
         FLOW,
     ),
     Mutant(
-        "return F.pixel_shuffle(y, 2), y.new_zeros",
-        "return F.pixel_shuffle(y.flip(1), 2), y.new_zeros",
+        "return F.pixel_shuffle(y, 2)",
+        "return F.pixel_shuffle(y.flip(1), 2)",
         FLOW,
     ),
     Mutant("self.lower.tril(-1) + torch.eye", "self.lower.tril(0) + torch.eye", FLOW),
@@ -78,15 +78,10 @@ MUTANTS = [
         "log_det = self.log_diagonal.sum()",
         FLOW,
     ),
-    Mutant(
-        "log_det = -self.log_diagonal.sum() * y.shape[2]",
-        "log_det = self.log_diagonal.sum() * y.shape[2]",
-        FLOW,
-    ),
     Mutant("return SCALE_BOUND * torch.tanh(scale), shift", "return scale, shift", FLOW),
     Mutant(
-        "(changed - shift) * (-scale).exp()), -scale",
-        "changed * (-scale).exp() - shift), -scale",
+        "(changed - shift) * (-scale).exp())",
+        "changed * (-scale).exp() - shift)",
         FLOW,
     ),
     Mutant(
@@ -341,7 +336,9 @@ MUTANTS = [
     ),
     Mutant("(low.sum(1, keepdim=True) + 1e-4)", "(low.sum(1, keepdim=True) + 1e-3)", *UPT),
     # the public code's
-    Mutant("return y / scale - shift, -scale.log()", "return y / scale - shift, scale.log()", *UPT),
+    Mutant(
+        "return (x + shift) * scale, scale.log()", "return (x + shift) * scale, -scale.log()", *UPT
+    ),
     Mutant(
         "return torch.cat([moved, kept], 1), log_det",
         "return torch.cat([kept, moved], 1), log_det",

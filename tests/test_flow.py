@@ -105,16 +105,14 @@ def jacobian_log_det(layer: nn.Module, x: Tensor, condition: object) -> float:
 
 
 def check_bijection(layer: nn.Module, x: Tensor, condition: object, tolerance: float) -> None:
-    """inverse(forward(x)) = x, forward(inverse(y)) = y, and the two log-determinants cancel, item
-    by item."""
+    """inverse(forward(x)) = x and forward(inverse(y)) = y; a log-determinant for each item."""
     with torch.no_grad():
-        y, forward = layer(x, condition)
-        back, inverse = layer.inverse(y, condition)
+        y, log_det = layer(x, condition)
+        back = layer.inverse(y, condition)
         again, _ = layer(back, condition)
-    assert forward.shape == inverse.shape == (len(x),)
+    assert log_det.shape == (len(x),)
     assert (back - x).abs().max() < tolerance
     assert (again - y).abs().max() < tolerance
-    assert (forward + inverse).abs().max() < tolerance * max(10.0, float(forward.abs().max()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -337,9 +335,9 @@ def test_temperature_is_in_prior_deviations(monkeypatch: pytest.MonkeyPatch) -> 
     model = small_model()
     latents: list[Tensor] = []
 
-    def inverse(self: ms.Flow, z: Tensor, condition: Sequence[Tensor]) -> tuple[Tensor, None]:
+    def inverse(self: ms.Flow, z: Tensor, condition: Sequence[Tensor]) -> Tensor:
         latents.append(z)
-        return z.new_zeros(1, 3, 64, 64), None
+        return z.new_zeros(1, 3, 64, 64)
 
     monkeypatch.setattr(ms.Flow, "inverse", inverse)
     with torch.no_grad():
@@ -471,7 +469,7 @@ def test_prior_mean_is_in_the_latents_layout() -> None:
         colour = model.survey(thumbnail).colour
         expected = ms.LogitMap().inverse(
             F.interpolate(colour, size=(32, 48), mode="bilinear", align_corners=False)
-        )[0]
+        )
         enhanced = model.enhance(low)
     assert enhanced.std() > 1e-3
     torch.testing.assert_close(enhanced, ms.requantise(expected), atol=1e-9, rtol=0)
