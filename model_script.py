@@ -1062,7 +1062,10 @@ class Trainer:
             done = f"{self.step // self.steps_per_epoch} epochs are trained"
             print(f"nothing to do: {done}, num_epochs is {config.num_epochs}; raise it to go on")
             return 0
-        self._announce(log_dir)
+        counts = len(self.training), len(self.validation)
+        notices.announce(config, counts, self.model, str(self.runtime))
+        print(f"steps {self.step} to {self.total_steps} in {config.num_epochs} epochs")
+        print(f"weights to {self.folder}, curves to {log_dir}")
         notices.of_training(config, self.use, self.store, self.held_out)
         if rank() == 0:
             checkpoints.claim_folder(self.folder)
@@ -1245,16 +1248,6 @@ class Trainer:
         good = checkpoints.newest_checkpoint(self.folder)
         found = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
         return f"{found}; try a lower learning_rate"
-
-    def _announce(self, log_dir: Path) -> None:
-        config, resized = self.config, f"pictures resized to {self.config.image_size}"
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        geometry = f"{config.crop_size} px crops" if config.crop_size else resized
-        pairs = f"{len(self.training)} training and {len(self.validation)} validation pairs"
-        print(f"{pairs}, {geometry}, batch {config.batch_size}")
-        print(f"{parameters:.2f} M parameters on {self.runtime}; seed {config.seed}")
-        print(f"steps {self.step} to {self.total_steps} in {config.num_epochs} epochs")
-        print(f"weights to {self.folder}, curves to {log_dir}")
 
     # checkpoints ----------------------------------------------------------------------------------
 

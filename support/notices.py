@@ -7,6 +7,8 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from support.pairs import PairStore, find_pairs, lone_pictures
 from support.scenes import find_twins, known_thumbnails
 
@@ -65,6 +67,16 @@ def told(sentences: Sequence[str]) -> list[str]:
     for sentence in sentences:
         print(f"warning: {sentence}")
     return list(sentences)
+
+
+def announce(config: Any, counts: tuple[int, int], model: nn.Module, runtime: str) -> None:
+    """Say what is about to be trained, on how many training and validation pairs, and where."""
+    crops = f"{config.crop_size} px crops"
+    geometry = crops if config.crop_size else f"pictures resized to {config.image_size}"
+    pairs = f"{counts[0]} training and {counts[1]} validation pairs"
+    print(f"{pairs}, {geometry}, batch {config.batch_size}")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{parameters:.2f} M parameters on {runtime}; seed {config.seed}")
 
 
 def of_training(config: Any, use: Any, store: PairStore, held_out: PairStore) -> list[str]:
