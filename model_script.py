@@ -139,6 +139,8 @@ class Config:
     histogram_kernel: str = knob("triangle", "assignment of values to bins", choices=KERNELS)
     histogram_sigma: float = knob(0.002, "width of the inverse_quadratic kernel", 1e-6, 100.0)
     histogram_size: int = knob(40, "side to which pictures are averaged before that", 1, 4096)
+    teacher: str = knob("", "checkpoint whose pictures are learned, too")
+    teacher_share: float = knob(0.5, "their share of the losses of pictures", 0.0, 1.0)
     # training
     batch_size: int = knob(1, "pictures or crops per step, of all processes together", 1, 4096)
     accumulate: int = knob(1, "parts of a batch, one after another, to save memory", 1, 4096)
@@ -228,7 +230,8 @@ class Use:
 
 
 # keys that another system may have no use for, and names in its `unused`
-FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropout")
+TEACHER_KEYS = ("teacher", "teacher_share")
+FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropout", *TEACHER_KEYS)
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
@@ -321,14 +324,10 @@ class TrainingSamples(Dataset):
         self, shape: tuple[int, ...], rng: np.random.Generator
     ) -> tuple[int, int, int, int]:
         """Top, left, height, width of what plays the whole picture: variety to look at."""
-        sides = [
-            max(16, round(side * rng.uniform(self.config.window_min, 1))) for side in shape[:2]
-        ]
-        top, left = (
-            int(rng.integers(0, full - side + 1))
-            for full, side in zip(shape[:2], sides, strict=True)
-        )
-        return top, left, sides[0], sides[1]
+        least, (height, width) = self.config.window_min, shape[:2]
+        tall, wide = (max(16, round(side * rng.uniform(least, 1))) for side in (height, width))
+        top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
+        return top, left, tall, wide
 
     def _crop(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, tuple[float, ...]]:
         """A crop_size square of a (2, 3, H, W) pair at one of crop_scales, and its box."""
@@ -416,9 +415,7 @@ class InvertibleConv(nn.Module):
         self.log_diagonal = nn.Parameter(torch.zeros(channels))
 
     def weight(self) -> Tensor:
-        lower = self.lower.tril(-1) + torch.eye(
-            len(self.lower), device=self.lower.device, dtype=self.lower.dtype
-        )
+        lower = self.lower.tril(-1) + torch.eye(len(self.lower)).to(self.lower)
         return lower @ (self.upper.triu(1) + self.log_diagonal.exp().diag())
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -483,15 +480,12 @@ class Flow(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [LogitMap()]
         self.levels = [0]  # which of the two conditions each layer gets
-        for level, (channels, condition) in enumerate(
-            ((12, half_channels), (48, quarter_channels))
-        ):
+        widths = (12, half_channels), (48, quarter_channels)
+        for level, (channels, condition) in enumerate(widths):
             layers.append(Squeeze())
             for block in range(blocks):
-                layers += [
-                    InvertibleConv(channels),
-                    Coupling(channels, condition, hidden, first=block % 2 == 1),
-                ]
+                coupling = Coupling(channels, condition, hidden, first=block % 2 == 1)
+                layers += [InvertibleConv(channels), coupling]
             self.levels += [level] * (1 + 2 * blocks)
         self.layers = nn.ModuleList(layers)
 
@@ -884,6 +878,7 @@ class ConditionalFlow(System):
         self.flow = Flow(config.num_flow_blocks, config.flow_channels, width, 2 * width)
         self.log_sigma = nn.Parameter(torch.tensor(math.log(0.5)))
         self.with_likelihood = True
+        self.teacher: Callable[[Sample], Tensor] | None = None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW, the global branch at global_rate times the rate."""
@@ -961,10 +956,8 @@ class ConditionalFlow(System):
         high = high[..., :height, :width]
         mean = condition.prior_mean[..., : height // 4, : width // 4]
         half, quarter = condition.features
-        half, quarter = (
-            half[..., : height // 2, : width // 2],
-            quarter[..., : height // 4, : width // 4],
-        )
+        half = half[..., : height // 2, : width // 2]
+        quarter = quarter[..., : height // 4, : width // 4]
         # one draw of noise serves all of the batch: as good on average, and the same however the
         # batch is divided
         latent, log_det = self.flow(dequantise(high, torch.rand_like(high[:1])), (half, quarter))
@@ -980,8 +973,17 @@ class ConditionalFlow(System):
         if config.nll_weight and self.with_likelihood:
             terms["nll"] = config.nll_weight * self.code_length(batch.high, condition)[0].mean()
         if config.l1_weight or config.ssim_weight or config.colour_weight:
-            terms |= picture_losses(self.decode(condition), batch.high, config)
+            enhanced = self.decode(condition)
+            terms |= picture_losses(enhanced, batch.high, config)
+            if self.teacher is not None:
+                for name, taught in picture_losses(enhanced, self.teacher(batch), config).items():
+                    terms[name] = terms[name].lerp(taught, config.teacher_share)
         return terms
+
+    @torch.no_grad()
+    def answer(self, batch: Sample) -> Tensor:
+        """(B, 3, h, w) in [0, 1]: z = mu(low) for each of a training batch, for a pupil."""
+        return self.decode(self.condition(batch.low, self.survey(batch.thumbnail), batch.box))
 
     def bits_per_dim(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """See `System.bits_per_dim`."""
@@ -1047,6 +1049,9 @@ class Trainer:
         self.model = self.runtime.place(model)
         self.ema = averaged_model(self.model, config.ema_decay)
         self.averaged = cast(System, self.ema.module)
+        if config.teacher:
+            teacher = checkpoints.load_teacher(config, use.camera, system, RETIRED_KEYS)
+            self.model.teacher = self.averaged.teacher = self.runtime.place(teacher).answer
         self.optimizer = self.model.make_optimizer()
         scaled = self.runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=scaled)
@@ -1570,10 +1575,8 @@ def score_pair(
     """Enhance `low` as --mode enhance does and compare with `high`, where there is one; both
     (H, W, 3) uint8, resized to `size` (height, width) first where that is given. `index` seeds the
     dequantisation noise."""
-    low, high = (
-        pictures.resize_pixels(low, size),
-        None if high is None else pictures.resize_pixels(high, size),
-    )
+    low = pictures.resize_pixels(low, size)
+    high = None if high is None else pictures.resize_pixels(high, size)
     started = time.perf_counter()
     plain = dataclasses.replace(use, samples=0, uncertainty=False)
     found = enhance_pixels(model, low, plain, runtime)

@@ -198,6 +198,20 @@ def starting_weights(path: str, camera: str) -> dict[str, Any]:
     return camera_parts(checkpoint, path)[0] if camera == "infrared" else checkpoint
 
 
+def load_teacher(config: Any, camera: str, system: type[Any], retired: Iterable[str]) -> Any:
+    """The model that a training learns from; of two networks as `starting_weights`.
+
+    Raises UserError where its thumbnails have another size than `config` says.
+    """
+    path = config.teacher
+    weights = starting_weights(path, camera)
+    own = stored_config(weights, path, {}, system.config_class, retired)
+    if own.thumbnail_size != config.thumbnail_size:
+        sizes = f"{path} has {own.thumbnail_size}, the pupil {config.thumbnail_size}"
+        raise UserError(f"thumbnail_size: {sizes}; a teacher's must be its pupil's")
+    return build_model(system, own, weights, path).eval().requires_grad_(False)
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Tensors and plain data under a format version, atomically."""
     with atomic_path(path) as temporary:
