@@ -14,6 +14,7 @@ import pytest
 import torch
 from cli_tools import assert_one_line_error, files_under
 from conftest import ROOT, randomise
+from PIL import Image
 
 import baselines
 import model_script as ms
@@ -180,4 +181,102 @@ def test_one_network_has_no_camera_to_export(
     argv = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "e.onnx")]
     status = export_onnx.main([*argv, "--camera", "infrared"])
     assert_one_line_error(status, capsys.readouterr().err, "one network")
+    assert files_under(tmp_path) == set()
+
+
+# in fewer bits ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dark_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four dark pictures of two sizes."""
+    folder, rng = tmp_path_factory.mktemp("dark"), np.random.default_rng(0)
+    for place, size in enumerate([(60, 90), (300, 280)] * 2):
+        smooth = rng.integers(0, 90, (6, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(smooth).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{place}.png")
+    return folder
+
+
+def options_for(precision: str, folder: Path) -> list[str]:
+    calibrate = ["--calibrate", str(folder)] if precision == "int8" else []
+    return ["--precision", precision, "--check", str(folder), *calibrate]
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 45.0), ("int8", 38.0)])
+def test_fewer_bits_stay_near_pytorch_at_any_size(
+    checkpoint: Path,
+    exported: Path,
+    dark_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    precision: str,
+    least: float,
+) -> None:
+    import onnx
+    import onnxruntime
+
+    argv = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "e.onnx")]
+    assert export_onnx.main([*argv, *options_for(precision, dark_folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "on the 4 pictures of --check" in printed and "600x400: onnxruntime" in printed
+    assert files_under(tmp_path) == {"e.onnx"}
+    kinds = {weight.data_type for weight in onnx.load(tmp_path / "e.onnx").graph.initializer}
+    wanted = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.INT8
+    assert wanted in kinds
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"]
+    )
+    model = ms.load_model(str(checkpoint), {"device": "cpu"}, ms.ConditionalFlow).model
+    low = torch.from_numpy(np.asarray(Image.open(dark_folder / "1.png")).copy())
+    low = low.permute(2, 0, 1)[None, :, 3:, :201].float() / 255
+    with torch.no_grad():
+        expected = model.enhance(low).numpy()
+    found = session.run(None, {"low": low.numpy()})[0]
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    error = float(((found - expected) ** 2).mean())
+    assert 0 < error < 10 ** (-least / 10)
+
+
+def test_fewer_bits_that_are_too_far_are_not_kept(
+    checkpoint: Path,
+    exported: Path,
+    dark_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import onnx_smaller
+
+    monkeypatch.setattr(onnx_smaller, "LEAST", {"fp16": 200.0})
+    argv = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "e.onnx")]
+    status = export_onnx.main([*argv, *options_for("fp16", dark_folder)])
+    assert_one_line_error(status, capsys.readouterr().err, "--precision fp16", "below 200", "fp32")
+    assert files_under(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--precision", "int8", "--check", "here"], ("--calibrate FOLDER",)),
+        (["--precision", "fp16"], ("--check FOLDER",)),
+        (
+            ["--precision", "fp16", "--check", "a", "--calibrate", "b"],
+            ("--calibrate does nothing",),
+        ),
+        (["--check", "here"], ("--check does nothing", "fp32")),
+        (["--precision", "fp16", "--check", "no_such_folder"], ("--check", "no_such_folder")),
+        (["--precision", "int4"], ("--precision", "int4")),
+    ],
+)
+def test_options_for_fewer_bits_that_do_not_fit(
+    checkpoint: Path,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    words: tuple[str, ...],
+) -> None:
+    common = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "e.onnx")]
+    assert_one_line_error(export_onnx.main([*common, *argv]), capsys.readouterr().err, *words)
     assert files_under(tmp_path) == set()
