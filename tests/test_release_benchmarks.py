@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from PIL import Image
 
 import model_script as ms
 from support.cameras import CameraNet, build_camera_net, camera_of
@@ -18,6 +19,7 @@ from support.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import brightness
 import make_release
 import prepare_sources
 import release_table
@@ -131,3 +133,42 @@ def test_two_architectures_are_no_release(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / f"{name}.pth", content)
     with pytest.raises(UserError, match="another architecture"):
         make_release.pack(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), {})
+
+
+def test_brightness_within_scenes_takes_their_means_and_a_line_away() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(200)]
+    low = rng.normal(-4, 1, 600)
+    high = 0.5 * low + rng.normal(0, 0.1, 600) + rng.normal(-1, 2, 200).repeat(3)
+    told = brightness.within_scenes(low, high, [*scenes, [600, 601]])
+    assert "200 scenes of 600 takes" in told
+    left = float(told.rpartition(" ")[2])
+    spread = float(told.split("high ")[1].split(",")[0])
+    assert left == pytest.approx(0.1, abs=0.011) and spread == pytest.approx(0.51, abs=0.05)
+    assert brightness.within_scenes(low, high, [[0, 1]]) == "no scene was taken 3 times"
+
+
+def test_brightness_of_a_network_is_measured_on_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("low", "high"):
+        (tmp_path / kind).mkdir()
+        for place in range(3):
+            level = {"low": 20, "high": 100 + 50 * place}[kind]
+            pixels = rng.integers(level - 9, level + 9, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{place}.png")
+    folders = f"{tmp_path / 'low'}:{tmp_path / 'high'}"
+    torch.manual_seed(0)
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+    model = ms.ConditionalFlow(config)  # which gives grey: the prior's mean is 0
+    content = {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r"}
+    save_checkpoint(tmp_path / "w.pth", content)
+    argv = ["--pairs", folders, "--score", folders, "--checkpoint", str(tmp_path / "w.pth")]
+    assert brightness.main(argv) == 0
+    told = capsys.readouterr().out
+    expected = np.sqrt(np.mean(np.log2(np.array([100, 150, 200]) / 127.5) ** 2))
+    assert "3 pairs, in stops: high 0.5" in told
+    assert float(told.split("off by ")[1].split()[0]) == pytest.approx(expected, abs=0.03)
+    assert brightness.main(["--pairs", str(tmp_path)]) == 2
+    assert "LOW:HIGH" in capsys.readouterr().err
