@@ -111,13 +111,13 @@ MUTANTS = [
     ),
     # the condition: what a crop is told must be what the whole picture is told
     Mutant(
-        "(torch.arange(width, device=grid.device) + 0.5) / width",
-        "torch.arange(width, device=grid.device) / width",
+        "(pixels + 0.5) / count",
+        "pixels / count",
         FLOW,
     ),
     Mutant(
-        'points * 2 - 1, padding_mode="border", align_corners=False',
-        'points * 2 - 1, padding_mode="border", align_corners=True',
+        "(place * cells - 0.5).clamp(0, cells - 1)",
+        "(place * (cells - 1)).clamp(0, cells - 1)",
         FLOW,
     ),
     # losses

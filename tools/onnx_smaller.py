@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from support.decoding import read_image
 from support.metrics import psnr_of
@@ -63,7 +63,8 @@ def to_half(path: Path) -> None:
 
     A processor without 16-bit arithmetic computes in 32 bits and rounds in between.
     """
-    model = convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=["Resize"])
+    exact = [*DEFAULT_OP_BLOCK_LIST, "Resize"]  # what has no 16-bit form
+    model = convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=exact)
     onnx.save(model, path)
 
 
