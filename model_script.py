@@ -415,7 +415,7 @@ class InvertibleConv(nn.Module):
         self.log_diagonal = nn.Parameter(torch.zeros(channels))
 
     def weight(self) -> Tensor:
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower)).to(self.lower)
+        lower = self.lower.tril(-1) + torch.ones_like(self.log_diagonal).diag()
         return lower @ (self.upper.triu(1) + self.log_diagonal.exp().diag())
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

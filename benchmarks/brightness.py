@@ -89,10 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         scored = [(text, opened(text)) for text in arguments.score]
         pairs = [store[index] for index in range(len(store))]
         low, high = (np.array([brightness(pair[kind]) for pair in pairs]) for kind in (0, 1))
-        apart = deviation(high - high.mean())
-        alike = np.corrcoef(low, high)[0, 1]
-        print(f"{len(pairs)} pairs, in stops: high {apart:.2f}, low {low.std():.2f}", end="")
-        print(f", correlation {alike:.2f}")
+        apart = [f"{deviation(values - values.mean()):.2f}" for values in (high, low)]
+        told = f"high {apart[0]}, low {apart[1]}, correlation {np.corrcoef(low, high)[0, 1]:.2f}"
+        print(f"{len(pairs)} pairs, in stops: {told}")
         print(within_scenes(low, high, find_scenes(store.thumbnails, ALIKE)))
         loaded = ms.load_model(arguments.checkpoint, {}, ms.ConditionalFlow) if scored else None
         for text, one in scored:

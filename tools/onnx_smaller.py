@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +81,6 @@ def to_integers(path: Path, pictures: Sequence[np.ndarray]) -> None:
     """Rewrite the file with convolutions in 8-bit integers, their ranges those that `pictures` of
     the training show (static quantisation, a scale for each channel of the weights)."""
     model = onnx.load(path)
-    logging.getLogger().setLevel(logging.ERROR)  # advice on a pass that changes nothing here
     quantize_static(
         model,
         path,
