@@ -125,6 +125,7 @@ class Config:
     mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
     # model
     flow_channels: int = knob(96, "width of couplings and branches", 8, 1024, architecture=True)
+    global_channels: int = knob(0, "the global branch's; 0: the same", 0, 1024, architecture=True)
     num_flow_blocks: int = knob(2, "flow steps at each of two scales", 1, 64, architecture=True)
     thumbnail_size: int = knob(128, "side of the global branch's view", 32, 512, architecture=True)
     global_dropout: float = knob(0.1, "channel dropout inside the global branch", 0.0, 0.9)
@@ -166,7 +167,7 @@ class Config:
         if self.crop_size % 8 or 0 < self.crop_size < 32:
             allowed = "0 or a multiple of 8 in [32, 4096]"
             raise UserError(f"crop_size must be {allowed}, got {self.crop_size}")
-        for key, step in (("thumbnail_size", 16), ("flow_channels", 8)):
+        for key, step in (("thumbnail_size", 16), ("flow_channels", 8), ("global_channels", 8)):
             if getattr(self, key) % step:
                 raise UserError(f"{key} must be a multiple of {step}, got {getattr(self, key)}")
         if bool(self.val_low_dir) != bool(self.val_high_dir):
@@ -230,15 +231,13 @@ class Use:
 
 
 # keys that another system may have no use for, and names in its `unused`
-TEACHER_KEYS = ("teacher", "teacher_share")
-FLOW_KEYS = ("flow_channels", "num_flow_blocks", "thumbnail_size", "global_dropout", *TEACHER_KEYS)
+OWN_KEYS = ("global_channels", "global_dropout", "thumbnail_size", "teacher", "teacher_share")
+FLOW_KEYS = ("flow_channels", "num_flow_blocks", *OWN_KEYS)
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-LOOK_KEYS = (
-    *("camera", "temperature", "samples", "uncertainty", "exposure", "strength"),
-    *("denoise", "quality"),
-)
+LOOK_KEYS: tuple[str, ...] = ("camera", "temperature", "samples", "uncertainty", "exposure")
+LOOK_KEYS += ("strength", "denoise", "quality")
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -754,14 +753,14 @@ class System(nn.Module):
 
 
 class GlobalBranch(nn.Module):
-    """Thumbnail (B, 3, t, t) -> (features (B, width, t/4, t/4), colour (B, 3, t/4, t/4) in the
-    flow's space).
+    """Thumbnail (B, 3, t, t) -> (features (B, local_width, t/4, t/4), colour (B, 3, t/4, t/4) in
+    the flow's space).
 
     Illumination, white balance and exposure are questions about the whole picture; a U-Net with
     self-attention at t/8.
     """
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, local_width: int, dropout: float) -> None:
         super().__init__()
         w1, w2, w3, w4 = width // 3 * 2, width // 3 * 4, width // 3 * 8, width * 4
         self.stem = nn.Sequential(conv3(36, w1), ResidualBlock(w1))  # t/2
@@ -773,7 +772,7 @@ class GlobalBranch(nn.Module):
         self.mix3 = nn.Sequential(block(w3), SelfAttention(w3))
         self.up2 = nn.Sequential(conv3(w3, w2), nn.Upsample(scale_factor=2, mode="nearest"))
         self.mix2 = block(w2)
-        self.features = nn.Conv2d(w2, width, 1)
+        self.features = nn.Conv2d(w2, local_width, 1)
         self.colour = zero_init(conv3(w2, 3))
 
     def forward(self, thumbnail: Tensor, brightness: Tensor) -> tuple[Tensor, Tensor]:
@@ -872,8 +871,8 @@ class ConditionalFlow(System):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        width = config.flow_channels // 2
-        self.global_branch = GlobalBranch(width, config.global_dropout)
+        width, wide = config.flow_channels // 2, config.global_channels // 2
+        self.global_branch = GlobalBranch(wide or width, width, config.global_dropout)
         self.local_branch = LocalBranch(width)
         self.flow = Flow(config.num_flow_blocks, config.flow_channels, width, 2 * width)
         self.log_sigma = nn.Parameter(torch.tensor(math.log(0.5)))

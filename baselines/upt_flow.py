@@ -527,10 +527,7 @@ class UPTFlow(ms.System):
     method = "UPT-Flow"
     program = "-m baselines.upt_flow"
     recipe = "baselines/upt_flow.json"
-    unused = (
-        *("num_flow_blocks", "thumbnail_size", "global_dropout"),
-        *(ms.TEACHER_KEYS + ms.TILE_KEYS),
-    )
+    unused = ("num_flow_blocks", *ms.OWN_KEYS, *ms.TILE_KEYS)
     config: UPTFlowConfig
 
     def __init__(self, config: UPTFlowConfig) -> None:

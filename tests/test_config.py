@@ -259,6 +259,7 @@ def test_both_ends_of_every_range(name: str) -> None:
         (dict(crop_size=24), "crop_size"),
         (dict(thumbnail_size=40), "thumbnail_size"),
         (dict(flow_channels=20), "flow_channels"),
+        (dict(global_channels=20), "global_channels"),
         (dict(val_low_dir="a"), "val_high_dir"),
         (dict(val_high_dir="a"), "val_low_dir"),
         (dict(val_fraction=0), "val_fraction"),
@@ -288,9 +289,9 @@ def test_keys_that_go_together(settings: dict[str, object]) -> None:
     assert all(getattr(config, name) == value for name, value in settings.items())
 
 
-@pytest.mark.parametrize("flow_channels", [8, 16, 24, 40])
-def test_every_allowed_width_makes_a_model(flow_channels: int) -> None:
-    config = ms.Config(flow_channels=flow_channels, thumbnail_size=32)
+@pytest.mark.parametrize("widths", [(8, 0), (16, 8), (24, 40), (40, 24)])
+def test_every_allowed_width_makes_a_model(widths: tuple[int, int]) -> None:
+    config = ms.Config(flow_channels=widths[0], global_channels=widths[1], thumbnail_size=32)
     model = ms.ConditionalFlow(config).eval()
     with torch.no_grad():
         assert model.enhance(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)

@@ -479,3 +479,15 @@ def test_brightness_of_a_black_picture_is_no_division_by_zero() -> None:
     model = small_model()
     with torch.no_grad():
         assert model.enhance(torch.zeros(1, 3, 16, 16)).isfinite().all()
+
+
+def test_the_global_branch_has_a_width_of_its_own() -> None:
+    """0 is the local branch's width; another changes the global branch and nothing beside it."""
+    sizes = {}
+    for width in (0, 16, 24):
+        torch.manual_seed(0)
+        model = ms.ConditionalFlow(ms.Config(flow_channels=16, global_channels=width))
+        parts = model.global_branch, model.local_branch, model.flow
+        sizes[width] = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert sizes[0] == sizes[16]
+    assert sizes[24][0] > 1.5 * sizes[16][0] and sizes[24][1:] == sizes[16][1:]
