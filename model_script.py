@@ -1,6 +1,6 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, losses, model, training, pictures
+One script, in the order of a paper: configuration, data, flow, model, losses, training, pixels to
 for people, evaluation, enhancement, demo, command line. What it stands on is in support/.
 
 Words used throughout
@@ -503,110 +503,6 @@ class Flow(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses: small pure functions
-# --------------------------------------------------------------------------------------------------
-
-
-def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
-    """Structural similarity (B,) of (B, C, H, W) images in [0, 1], Wang et al. 2004.
-
-    The uniform 7x7 window and the sample covariance are scikit-image's: the loss is the metric.
-    """
-    sample = window**2 / (window**2 - 1)
-    maps = torch.cat([a, b, a * a, b * b, a * b], 1).contiguous(memory_format=torch.channels_last)
-    # a box is separable: 2.5x faster so
-    means = F.avg_pool2d(F.avg_pool2d(maps, (window, 1), 1), (1, window), 1)
-    mean_a, mean_b, aa, bb, ab = means.chunk(5, dim=1)
-    var_a, var_b = sample * (aa - mean_a**2), sample * (bb - mean_b**2)
-    cov = sample * (ab - mean_a * mean_b)
-    c1, c2 = 0.01**2, 0.03**2
-    above = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (above / below).mean((1, 2, 3))
-
-
-def soft_histogram(
-    values: Tensor, bins: int, kernel: str = "triangle", sigma: float = 0.002
-) -> Tensor:
-    """(..., bins), summing to 1, of values (..., N) in [0, 1]; bin centres at k / (bins - 1).
-
-    triangle: linear interpolation between the two nearest bins. inverse_quadratic: ELIEI's 1 / (1 +
-    (d / sigma)^2).
-    """
-    # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
-    if kernel == "triangle":
-        place = values * (bins - 1)
-        left = place.detach().nan_to_num().floor().clamp(0, bins - 2)  # a NaN stays one, in share
-        share, left = place - left, left.long()
-        counts = values.new_zeros(*values.shape[:-1], bins)
-        counts = counts.scatter_add(-1, left, 1 - share).scatter_add(-1, left + 1, share)
-    else:
-        centres = torch.linspace(0, 1, bins, device=values.device, dtype=values.dtype)
-        counts = (1 / (1 + ((values[..., None] - centres) / sigma) ** 2)).sum(-2)
-    return counts / counts.sum(-1, keepdim=True)
-
-
-def histogram_wasserstein(p: Tensor, q: Tensor) -> Tensor:
-    """1-Wasserstein distance (...,) of histograms (..., bins): the area between their CDFs."""
-    return (p - q).cumsum(-1).abs().sum(-1) / (p.shape[-1] - 1)
-
-
-def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
-    """Mean Wasserstein distance of the channels' histograms, (B, 3, H, W) in [0, 1]."""
-    size = (min(config.histogram_size, a.shape[-2]), min(config.histogram_size, a.shape[-1]))
-    kernel = (config.histogram_bins, config.histogram_kernel, config.histogram_sigma)
-    p, q = (
-        soft_histogram(F.adaptive_avg_pool2d(image, size).flatten(2), *kernel) for image in (a, b)
-    )
-    return histogram_wasserstein(p, q).mean()
-
-
-def mean_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference (B,) of (B, C, H, W) images."""
-    return (a - b).abs().mean((1, 2, 3))
-
-
-def gt_mean_weight(enhanced: Tensor, high: Tensor, spread: float) -> Tensor:
-    """(B,) in [0, 1], detached: how far the means m of (B, 3, H, W) pictures differ.
-
-    The Bhattacharyya distance, at most 1, of the two N(m, (spread m)^2): Liao et al., ICCV 2025.
-    """
-    ours, theirs = (image.detach().mean((1, 2, 3)).clamp(min=1e-3) for image in (enhanced, high))
-    total = ours**2 + theirs**2
-    distance = (ours - theirs) ** 2 / (4 * spread**2 * total)
-    return (distance + 0.5 * (total / (2 * ours * theirs)).log()).clamp(max=1.0)
-
-
-def gt_mean(
-    loss: Callable[[Tensor, Tensor], Tensor], enhanced: Tensor, high: Tensor, spread: float
-) -> Tensor:
-    """(B,) W loss(x, y) + (1 - W) loss(lambda x, y), where lambda x has the mean of y: a brightness
-    that is about right is right enough. Liao et al., GT-mean loss, ICCV 2025; spread 0: loss(x, y).
-    """
-    plain = loss(enhanced, high)
-    if not spread:
-        return plain
-    weight = gt_mean_weight(enhanced, high, spread)
-    means = [image.mean((1, 2, 3), keepdim=True) for image in (enhanced, high)]
-    scale = means[1] / means[0].clamp(min=1e-3)
-    return weight * plain + (1 - weight) * loss(enhanced * scale, high)
-
-
-def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
-    """The weighted terms that compare (B, 3, H, W) pictures; none of weight 0."""
-    terms: dict[str, Tensor] = {}
-    if config.l1_weight:
-        distance = gt_mean(mean_distance, enhanced, high, config.gt_mean_spread)
-        terms["l1"] = config.l1_weight * distance.mean()
-    if config.ssim_weight:
-        similarity = gt_mean(ssim, enhanced, high, config.gt_mean_spread)
-        terms["ssim"] = config.ssim_weight * (1 - similarity.mean())
-    if config.colour_weight:
-        terms["colour"] = config.colour_weight * colour_loss(enhanced, high, config)
-    return terms
-
-
-# --------------------------------------------------------------------------------------------------
 # Model: the global branch knows the colour, the local branch the detail, the flow the rest
 # --------------------------------------------------------------------------------------------------
 
@@ -696,60 +592,6 @@ def sample_grid(grid: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
     with torch.autocast(grid.device.type, enabled=False):
         narrow = columns[:, None] @ grid.permute(0, 2, 3, 1)  # (B, g, w, C)
         return (rows @ narrow.flatten(2)).unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
-
-
-class System(nn.Module):
-    """What training, evaluation and enhancement ask of a model.
-
-    A subclass is built from its config alone. It must have `losses` and `enhance`; the rest is
-    there to be overridden.
-    """
-
-    config_class: ClassVar[type[Config]] = Config
-    system = ""  # the name that its checkpoints carry; empty: the class's
-    # for --help: what it is, how it is called, its recipe, the shared keys that do nothing here
-    method = "a conditional normalizing flow"
-    program = "model_script.py"
-    recipe = "cpu_train_config.json"
-    unused: ClassVar[tuple[str, ...]] = ()
-    released: ClassVar[Path | None] = None  # its shipped weights
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    @classmethod
-    def name(cls) -> str:
-        """The name that its checkpoints carry, so that no other system reads them."""
-        return cls.system or cls.__name__
-
-    def losses(self, batch: Sample) -> dict[str, Tensor]:
-        """Named scalars, means over the batch, whose sum is minimised."""
-        raise NotImplementedError
-
-    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
-        """Enhanced whole pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16."""
-        raise NotImplementedError
-
-    def bits_per_dim(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(bits per dimension (B,), standardised latent) of whole pictures `high` given `low`, each
-        (B, 3, H, W) in [0, 1]; None for a model that has no likelihood."""
-        return None
-
-    def pictures(self, low: Tensor) -> dict[str, Tensor]:
-        """Further pictures (B, 3, h, w) in [0, 1] by name, for TensorBoard and results."""
-        return {}
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of all stages; a group's `lr_scale` multiplies the scheduled rate."""
-        return adamw(self.parameters(), self.config)
-
-    def learning_rate_at(self, progress: float, step: int) -> float:
-        """The rate of a step; `progress` in [0, 1] is the share of the run that is done."""
-        return learning_rate_at(progress, step, self.config)
-
-    def begin_step(self, progress: float, step: int = 0) -> None:
-        """Told before every step, for training in stages; it must follow from these two alone."""
 
 
 class GlobalBranch(nn.Module):
@@ -852,15 +694,58 @@ def requantise(y: Tensor) -> Tensor:
     return ((y * 256 - 0.5) / 255).clamp(0, 1)
 
 
-def gaussian_log_prob(z: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """log N(z; mean, exp(log_sigma)^2 I), summed over all but the batch: (B,), in nats."""
-    deviation = (z - mean) * (-log_sigma).exp()
-    return (-0.5 * deviation**2 - log_sigma - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+class System(nn.Module):
+    """What training, evaluation and enhancement ask of a model.
 
+    A subclass is built from its config alone. It must have `losses` and `enhance`; the rest is
+    there to be overridden.
+    """
 
-def to_bits_per_dim(log_likelihood: Tensor, dimensions: int) -> Tensor:
-    """Code length of 8-bit levels, from log p(y) in nats (Theis et al. 2016, section 3.1)."""
-    return -log_likelihood / (dimensions * math.log(2)) + 8
+    config_class: ClassVar[type[Config]] = Config
+    system = ""  # the name that its checkpoints carry; empty: the class's
+    # for --help: what it is, how it is called, its recipe, the shared keys that do nothing here
+    method = "a conditional normalizing flow"
+    program = "model_script.py"
+    recipe = "cpu_train_config.json"
+    unused: ClassVar[tuple[str, ...]] = ()
+    released: ClassVar[Path | None] = None  # its shipped weights
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def name(cls) -> str:
+        """The name that its checkpoints carry, so that no other system reads them."""
+        return cls.system or cls.__name__
+
+    def losses(self, batch: Sample) -> dict[str, Tensor]:
+        """Named scalars, means over the batch, whose sum is minimised."""
+        raise NotImplementedError
+
+    def enhance(self, low: Tensor, temperature: float = 0.0) -> Tensor:
+        """Enhanced whole pictures (B, 3, H, W) in [0, 1] of `low`, any sides of at least 16."""
+        raise NotImplementedError
+
+    def bits_per_dim(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(bits per dimension (B,), standardised latent) of whole pictures `high` given `low`, each
+        (B, 3, H, W) in [0, 1]; None for a model that has no likelihood."""
+        return None
+
+    def pictures(self, low: Tensor) -> dict[str, Tensor]:
+        """Further pictures (B, 3, h, w) in [0, 1] by name, for TensorBoard and results."""
+        return {}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of all stages; a group's `lr_scale` multiplies the scheduled rate."""
+        return adamw(self.parameters(), self.config)
+
+    def learning_rate_at(self, progress: float, step: int) -> float:
+        """The rate of a step; `progress` in [0, 1] is the share of the run that is done."""
+        return learning_rate_at(progress, step, self.config)
+
+    def begin_step(self, progress: float, step: int = 0) -> None:
+        """Told before every step, for training in stages; it must follow from these two alone."""
 
 
 class ConditionalFlow(System):
@@ -993,6 +878,121 @@ class ConditionalFlow(System):
         condition = self.condition(low, rim=[self.rim] * 4)
         noise = torch.randn_like(condition.prior_mean) if temperature else None
         return self.decode(condition, None if noise is None else temperature * noise)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses: small pure functions
+# --------------------------------------------------------------------------------------------------
+
+
+def gaussian_log_prob(z: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """log N(z; mean, exp(log_sigma)^2 I), summed over all but the batch: (B,), in nats."""
+    deviation = (z - mean) * (-log_sigma).exp()
+    return (-0.5 * deviation**2 - log_sigma - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def to_bits_per_dim(log_likelihood: Tensor, dimensions: int) -> Tensor:
+    """Code length of 8-bit levels, from log p(y) in nats (Theis et al. 2016, section 3.1)."""
+    return -log_likelihood / (dimensions * math.log(2)) + 8
+
+
+def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Structural similarity (B,) of (B, C, H, W) images in [0, 1], Wang et al. 2004.
+
+    The uniform 7x7 window and the sample covariance are scikit-image's: the loss is the metric.
+    """
+    sample = window**2 / (window**2 - 1)
+    maps = torch.cat([a, b, a * a, b * b, a * b], 1).contiguous(memory_format=torch.channels_last)
+    # a box is separable: 2.5x faster so
+    means = F.avg_pool2d(F.avg_pool2d(maps, (window, 1), 1), (1, window), 1)
+    mean_a, mean_b, aa, bb, ab = means.chunk(5, dim=1)
+    var_a, var_b = sample * (aa - mean_a**2), sample * (bb - mean_b**2)
+    cov = sample * (ab - mean_a * mean_b)
+    c1, c2 = 0.01**2, 0.03**2
+    above = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (above / below).mean((1, 2, 3))
+
+
+def soft_histogram(
+    values: Tensor, bins: int, kernel: str = "triangle", sigma: float = 0.002
+) -> Tensor:
+    """(..., bins), summing to 1, of values (..., N) in [0, 1]; bin centres at k / (bins - 1).
+
+    triangle: linear interpolation between the two nearest bins. inverse_quadratic: ELIEI's 1 / (1 +
+    (d / sigma)^2).
+    """
+    # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
+    if kernel == "triangle":
+        place = values * (bins - 1)
+        left = place.detach().nan_to_num().floor().clamp(0, bins - 2)  # a NaN stays one, in share
+        share, left = place - left, left.long()
+        counts = values.new_zeros(*values.shape[:-1], bins)
+        counts = counts.scatter_add(-1, left, 1 - share).scatter_add(-1, left + 1, share)
+    else:
+        centres = torch.linspace(0, 1, bins, device=values.device, dtype=values.dtype)
+        counts = (1 / (1 + ((values[..., None] - centres) / sigma) ** 2)).sum(-2)
+    return counts / counts.sum(-1, keepdim=True)
+
+
+def histogram_wasserstein(p: Tensor, q: Tensor) -> Tensor:
+    """1-Wasserstein distance (...,) of histograms (..., bins): the area between their CDFs."""
+    return (p - q).cumsum(-1).abs().sum(-1) / (p.shape[-1] - 1)
+
+
+def colour_loss(a: Tensor, b: Tensor, config: Config) -> Tensor:
+    """Mean Wasserstein distance of the channels' histograms, (B, 3, H, W) in [0, 1]."""
+    size = (min(config.histogram_size, a.shape[-2]), min(config.histogram_size, a.shape[-1]))
+    kernel = (config.histogram_bins, config.histogram_kernel, config.histogram_sigma)
+    p, q = (
+        soft_histogram(F.adaptive_avg_pool2d(image, size).flatten(2), *kernel) for image in (a, b)
+    )
+    return histogram_wasserstein(p, q).mean()
+
+
+def mean_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference (B,) of (B, C, H, W) images."""
+    return (a - b).abs().mean((1, 2, 3))
+
+
+def gt_mean_weight(enhanced: Tensor, high: Tensor, spread: float) -> Tensor:
+    """(B,) in [0, 1], detached: how far the means m of (B, 3, H, W) pictures differ.
+
+    The Bhattacharyya distance, at most 1, of the two N(m, (spread m)^2): Liao et al., ICCV 2025.
+    """
+    ours, theirs = (image.detach().mean((1, 2, 3)).clamp(min=1e-3) for image in (enhanced, high))
+    total = ours**2 + theirs**2
+    distance = (ours - theirs) ** 2 / (4 * spread**2 * total)
+    return (distance + 0.5 * (total / (2 * ours * theirs)).log()).clamp(max=1.0)
+
+
+def gt_mean(
+    loss: Callable[[Tensor, Tensor], Tensor], enhanced: Tensor, high: Tensor, spread: float
+) -> Tensor:
+    """(B,) W loss(x, y) + (1 - W) loss(lambda x, y), where lambda x has the mean of y: a brightness
+    that is about right is right enough. Liao et al., GT-mean loss, ICCV 2025; spread 0: loss(x, y).
+    """
+    plain = loss(enhanced, high)
+    if not spread:
+        return plain
+    weight = gt_mean_weight(enhanced, high, spread)
+    means = [image.mean((1, 2, 3), keepdim=True) for image in (enhanced, high)]
+    scale = means[1] / means[0].clamp(min=1e-3)
+    return weight * plain + (1 - weight) * loss(enhanced * scale, high)
+
+
+def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
+    """The weighted terms that compare (B, 3, H, W) pictures; none of weight 0."""
+    terms: dict[str, Tensor] = {}
+    if config.l1_weight:
+        distance = gt_mean(mean_distance, enhanced, high, config.gt_mean_spread)
+        terms["l1"] = config.l1_weight * distance.mean()
+    if config.ssim_weight:
+        similarity = gt_mean(ssim, enhanced, high, config.gt_mean_spread)
+        terms["ssim"] = config.ssim_weight * (1 - similarity.mean())
+    if config.colour_weight:
+        terms["colour"] = config.colour_weight * colour_loss(enhanced, high, config)
+    return terms
 
 
 # --------------------------------------------------------------------------------------------------
