@@ -53,7 +53,6 @@ from support import (
     checkpoints,
     commands,
     files,
-    journal,
     known,
     metrics,
     notices,
@@ -67,7 +66,7 @@ from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.extra_metrics import ExtraMetric, extra_scores, load_extra
 from support.folders import enhance_row, find_jobs, means_many, tell_row, work_off
-from support.optimising import adamw, averaged_model, learning_rate_at
+from support.loaded import Loaded
 from support.outputs import check_outputs, read_output, with_outputs
 from support.pairs import PairStore, evaluation_pairs, training_data
 from support.pictures import resize, to_tensor, to_uint8, to_uint16
@@ -236,8 +235,6 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", *OWN_KEYS)
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-LOOK_KEYS: tuple[str, ...] = ("camera", "temperature", "samples", "uncertainty", "exposure")
-LOOK_KEYS += ("strength", "denoise", "quality")
 # stored by checkpoints of November 2026, when how a model is used was stored with it
 RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
@@ -1000,6 +997,29 @@ def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, 
 # --------------------------------------------------------------------------------------------------
 
 
+def learning_rate_at(progress: float, step: int, config: Any) -> float:
+    """Linear warm-up, then half a cosine to 1 % of the peak; `progress` in [0, 1]."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return config.learning_rate * warm * (0.01 + 0.99 * cosine)
+
+
+def adamw(parameters: Iterable[Any], config: Any) -> torch.optim.Optimizer:
+    """AdamW; `lr_scale` of a group of parameters multiplies the scheduled rate."""
+    rate, decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+
+
+def averaged_model(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """Exponential moving average; its decay warms up, so that it forgets the start."""
+
+    def average(averages: Any, current: Any, count: Tensor | int) -> None:  # lists of tensors
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averages, current, 1 - now)
+
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+
+
 class LossModule(nn.Module):
     """A model's losses as a forward pass, which is what DistributedDataParallel wraps."""
 
@@ -1345,44 +1365,6 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
 # --------------------------------------------------------------------------------------------------
 # From pixels to pixels: what a user gets, and what validation and evaluation score
 # --------------------------------------------------------------------------------------------------
-
-
-class Loaded(NamedTuple):
-    """A model to use, where it computes, and the checkpoint that it came from.
-
-    Released weights may hold a second network, for infrared pictures, which `choose` finds.
-    """
-
-    model: Any
-    use: Use
-    runtime: Runtime
-    checkpoint: dict[str, Any]
-    known: known.Known | None = None
-    infrared: Any = None
-    camera_net: nn.Module | None = None
-
-    def knows(self, pixels: np.ndarray) -> bool | None:
-        """Whether (H, W, 3) pixels look like a picture that the weights were trained on; None where
-        the checkpoint does not say what those look like."""
-        return None if self.known is None else not self.known.strange(pixels)
-
-    def choose(self, pixels: np.ndarray) -> tuple[Any, str]:
-        """(the network for (H, W, 3) pixels, the camera that it is for; empty where there is one).
-
-        `camera` says which, or, where that is auto, the picture's thumbnail.
-        """
-        camera = self.use.camera
-        if self.infrared is None or self.camera_net is None:
-            return self.model, ""
-        if camera == "auto":
-            camera = cameras.camera_of(pixels, self.camera_net)
-        return (self.infrared if camera == "infrared" else self.model), camera
-
-    def made_with(self, path: str) -> str:
-        """What names the weights, of the file `path`, and the settings that change a picture."""
-        facts = {key: getattr(self.use, key) for key in LOOK_KEYS}
-        facts |= {"reference": [self.use.reference, journal.stamp(self.use.reference)]}
-        return journal.fingerprint(path, facts | {"amp": self.model.config.use_amp})
 
 
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:

@@ -174,7 +174,6 @@ MUTANTS = [
         "torch._foreach_lerp_(averages, current, 1 - now)",
         "torch._foreach_lerp_(averages, current, now)",
         TRAINING,
-        "support/optimising.py",
     ),
     Mutant("better = choice > self.best", "better = choice < self.best", TRAINING),
     Mutant(
