@@ -1,7 +1,7 @@
 """Dark photographs made well-exposed and colour-true by a conditional normalizing flow.
 
-One script, in the order of a paper: configuration, data, flow, model, losses, training, pixels to
-for people, evaluation, enhancement, demo, command line. What it stands on is in support/.
+One script, in the order of a paper: configuration, data, flow, model, losses, training, from pixels
+to pixels, triptychs, evaluation, enhancement, demo, command line. The rest is in support/.
 
 Words used throughout
     low        dark photograph, float RGB in [0, 1], shape (B, 3, H, W)
@@ -20,7 +20,7 @@ References
         invertible 1x1 convolutions with an LU factorisation
     Wang et al., Low-Light Image Enhancement with Normalizing Flow (LLFlow), AAAI 2022
         the conditional prior mean
-    Wang et al., Enhancing Low-Light Images Using Infrared-Encoded Images (ELIEI), ICIP 2023
+    Tian, Wang et al., Enhancing Low-Light Images Using Infrared Encoded Images (ELIEI), ICIP 2023
         the data, the colour loss
 """
 
@@ -84,9 +84,9 @@ from support.tiles import NO_RIM, RIM, latent_noise, plan_tiles, with_rim
 
 RELEASED = Path(__file__).resolve().parent / "checkpoints" / "released.pth"
 ARCHIVE_TRAIN = "train-20241116T084056Z-001/train-20241116T084056Z-001/train"
+ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 WHICH_CAMERA = ("auto", *cameras.CAMERAS)
 KERNELS = ("triangle", "inverse_quadratic")
-ARCHIVE_EVAL = "eval-20241116T084057Z-001/eval-20241116T084057Z-001/eval"
 
 
 @dataclasses.dataclass
@@ -101,19 +101,16 @@ class Config:
     val_low_dir: str = knob("", "dark validation photographs; empty: split off by scene")
     val_high_dir: str = knob("", "their targets")
     sources: list[dict] = knob([], "several sets of pairs in place of these; see docs/training.md")
-    epoch_samples: int = knob(
-        0, "with sources: batch_size times the steps of an epoch; 0: pairs", 0, 10**9
-    )
+    epoch_samples: int = knob(0, "with sources: samples in an epoch; 0: as many as pairs", 0, 10**9)
     val_pairs: int = knob(0, "with sources: validation pairs of each; 0: all", 0, 10**9)
     val_fraction: float = knob(0.1, "share of the pairs to split off, whole scenes", 0.0, 0.9)
     scene_similarity: float = knob(0.85, "correlation of targets that show one scene", 0.0, 1.0)
-    on_bad_file: str = knob("error", "bad files: stop, or leave out", choices=("error", "skip"))
     image_size: list[int] = knob([128, 128], "height,width of resized whole pictures", 16, 8192)
     crop_size: int = knob(0, "side of training crops, a multiple of 8; 0: resize pictures", 0, 4096)
-    crop_scales: list[float] = knob([1.0, 0.5, 0.0], "drawn evenly; 0: whole picture", 0.0, 1.0)
+    crop_scales: list[float] = knob([1.0, 0.5, 0.0], "drawn evenly; 0: the whole picture", 0.0, 1.0)
     whole_share: float = knob(0.0, "with crops: share of batches of whole pictures", 0.0, 1.0)
     whole_batch: int = knob(0, "with sources: size of whole batches; 0: batch_size", 0, 4096)
-    window_min: float = knob(0.45, "augmentation: least side that plays the whole", 0.1, 1.0)
+    window_min: float = knob(0.45, "augmentation: least part that plays a whole", 0.1, 1.0)
     flips: bool = knob(True, "augmentation: mirror, and transpose square inputs")
     exposure_gain: float = knob(0.3, "augmentation: gain on low, in stops either way", 0.0, 4.0)
     channel_gain: float = knob(0.05, "augmentation: gain per channel of low, relative", 0.0, 0.9)
@@ -132,7 +129,7 @@ class Config:
     nll_weight: float = knob(0.5, "weight of the NLL, in bits per dimension", 0.0, 1e6)
     l1_weight: float = knob(10.0, "weight of |enhanced - high|", 0.0, 1e6)
     ssim_weight: float = knob(1.0, "weight of 1 - SSIM(enhanced, high)", 0.0, 1e6)
-    gt_mean_spread: float = knob(0.0, "GT-mean loss: how near means count as equal; 0: off", 0, 10)
+    gt_mean_spread: float = knob(0.0, "GT-mean loss: relative spread of the means; 0: off", 0, 10)
     nll_every: int = knob(1, "steps between two that compute the likelihood", 1, 1000)
     colour_weight: float = knob(2.0, "weight of the colour histograms' distance", 0.0, 1e6)
     histogram_bins: int = knob(64, "bins of the colour histograms", 2, 1024)
@@ -140,7 +137,7 @@ class Config:
     histogram_sigma: float = knob(0.002, "width of the inverse_quadratic kernel", 1e-6, 100.0)
     histogram_size: int = knob(40, "side to which pictures are averaged before that", 1, 4096)
     teacher: str = knob("", "checkpoint whose pictures are learned, too")
-    teacher_share: float = knob(0.5, "their share of the losses of pictures", 0.0, 1.0)
+    teacher_share: float = knob(0.5, "their share of l1, ssim and colour", 0.0, 1.0)
     # training
     batch_size: int = knob(1, "pictures or crops per step, of all processes together", 1, 4096)
     accumulate: int = knob(1, "parts of a batch, one after another, to save memory", 1, 4096)
@@ -175,9 +172,9 @@ class Config:
             raise UserError("val_fraction must be above 0 where no val_low_dir is named")
         if self.identity_share + self.paste_share > 1:
             raise UserError("identity_share and paste_share must sum to at most 1")
-        nll = self.nll_weight if self.nll_every == 1 else 0.0
+        nll = self.nll_weight if self.nll_every == 1 else 0.0  # else most steps are without it
         if not any((nll, self.l1_weight, self.ssim_weight, self.colour_weight)):
-            raise UserError("one of nll_, l1_, ssim_ and colour_weight must be above 0 every step")
+            raise UserError("a step has no loss: raise l1_, ssim_, colour_ or nll_weight")
 
 
 @dataclasses.dataclass
@@ -190,6 +187,7 @@ class Use:
     num_workers: int = knob(0, "data loading processes; 0 loads in the main one", 0, 64)
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
+    on_bad_file: str = knob("error", "bad files: stop, or leave out", choices=("error", "skip"))
     eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
     outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
@@ -199,10 +197,10 @@ class Use:
     results_dir: str = knob("results", "where evaluations go")
     temperature: float = knob(0.0, "spread of samples, in prior deviations; 0: the mean", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
-    uncertainty: bool = knob(False, "enhance: also write the deviation over samples, or over 16")
+    uncertainty: bool = knob(False, "enhance: also write the samples' deviation (of 16 if not set)")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     strength: float = knob(1.0, "enhance: 1: all of it; 0: the input; between: mixed", 0.0, 1.0)
-    denoise: float = knob(0.0, "enhance: 0: as it is; 1: calmer where nothing is", 0.0, 1.0)
+    denoise: float = knob(0.0, "0: as it is; 1: less noise where the picture is flat", 0.0, 1.0)
     reference: str = knob("", "enhance: a picture whose mean brightness the result takes")
     overwrite: bool = knob(False, "enhance, folders: do again all that is there")
     quality: int = knob(95, "enhance: quality of JPEG and WebP files", 1, 100)
@@ -235,8 +233,6 @@ FLOW_KEYS = ("flow_channels", "num_flow_blocks", *OWN_KEYS)
 HISTOGRAM_KEYS = ("histogram_bins", "histogram_kernel", "histogram_sigma", "histogram_size")
 LOSS_KEYS = ("nll_weight", "l1_weight", "ssim_weight", "colour_weight", *HISTOGRAM_KEYS)
 TILE_KEYS = ("tile_size", "memory_megabytes")
-# stored by checkpoints of November 2026, when how a model is used was stored with it
-RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,7 +315,8 @@ class TrainingSamples(Dataset):
     def _window(
         self, shape: tuple[int, ...], rng: np.random.Generator
     ) -> tuple[int, int, int, int]:
-        """Top, left, height, width of what plays the whole picture: variety to look at."""
+        """Top, left, height, width of a part that is taken for a whole picture, thumbnail and all:
+        the global branch sees more different pictures than there are."""
         least, (height, width) = self.config.window_min, shape[:2]
         tall, wide = (max(16, round(side * rng.uniform(least, 1))) for side in (height, width))
         top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
@@ -400,8 +397,8 @@ class InvertibleConv(nn.Module):
     """1x1 convolution with W = L (U + diag(exp(d))), Kingma & Dhariwal 2018, eq. 10 without its
     fixed permutation.
 
-    It starts as the identity, so that the latent starts in the layout of the picture and the prior
-    mean can be one.
+    It starts as the identity: the latent starts in the layout of the squeezed picture, so that the
+    branches can predict the prior mean as they would predict a picture.
     """
 
     def __init__(self, channels: int) -> None:
@@ -561,15 +558,16 @@ class SelfAttention(nn.Module):
 def low_features(low: Tensor, brightness: Tensor) -> Tensor:
     """(B, 3C, H, W): low (B, C, H, W), its logarithm and its ratio to `brightness` (B, 1, 1, 1).
 
-    The logarithm opens up a dark sensor's few counts; the ratio is indifferent to exposure.
+    The logarithm opens up a dark sensor's few counts, from 0 to 8 bits. The ratio is the same
+    whatever the exposure; beyond 16 times the mean it says no more.
     """
     logarithm, ratio = (low * 255 + 1).log2() / 8, (low / (4 * brightness)).clamp(max=4)
     return torch.cat([low, logarithm, ratio], dim=1)
 
 
 def shares_of_cells(start: Tensor, end: Tensor, count: int, cells: int) -> Tensor:
-    """(B, count, cells): linear interpolation at `count` pixel centres from start to end (B,), in
-    [0, 1], as each cell's share; beyond the outermost cells' centres their values hold."""
+    """(B, count, cells), rows that sum to 1: linear interpolation between the centres of `cells`
+    cells, at `count` pixel centres from start to end (B,), in [0, 1] of all cells."""
     pixels, centres = (
         torch.arange(n, dtype=start.dtype, device=start.device) for n in (count, cells)
     )
@@ -581,7 +579,8 @@ def shares_of_cells(start: Tensor, end: Tensor, count: int, cells: int) -> Tenso
 def sample_grid(grid: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) of a grid (B, C, g, g), at the pixel centres of `box` (B, 4) in [0, 1].
 
-    Bilinear: a matrix product for the columns, one for the rows. Channels last in memory.
+    F.grid_sample, bilinear, with align_corners=False and padding_mode="border", as two matrix
+    products: the pixels form a grid, too. Faster, and in channels_last.
     """
     left, top, right, bottom = box.to(grid.dtype).unbind(1)
     rows = shares_of_cells(top, bottom, size[0], grid.shape[-2])
@@ -596,16 +595,17 @@ class GlobalBranch(nn.Module):
     the flow's space).
 
     Illumination, white balance and exposure are questions about the whole picture; a U-Net with
-    self-attention at t/8.
+    self-attention at t/8 and t/16.
     """
 
     def __init__(self, width: int, local_width: int, dropout: float) -> None:
         super().__init__()
         w1, w2, w3, w4 = width // 3 * 2, width // 3 * 4, width // 3 * 8, width * 4
-        self.stem = nn.Sequential(conv3(36, w1), ResidualBlock(w1))  # t/2
+        self.stem = nn.Sequential(conv3(4 * 9, w1), ResidualBlock(w1))  # t/2
         block = partial(ResidualBlock, dropout=dropout)
         self.down2 = nn.Sequential(conv3(w1, w2, 2), block(w2), block(w2))  # t/4
         self.down3 = nn.Sequential(conv3(w2, w3, 2), block(w3), SelfAttention(w3), block(w3))  # t/8
+        # t/16
         self.down4 = nn.Sequential(conv3(w3, w4, 2), block(w4), SelfAttention(w4), block(w4))
         self.up3 = nn.Sequential(conv3(w4, w3), nn.Upsample(scale_factor=2, mode="nearest"))
         self.mix3 = nn.Sequential(block(w3), SelfAttention(w3))
@@ -624,8 +624,9 @@ class GlobalBranch(nn.Module):
 
 
 class LocalBranch(nn.Module):
-    """Squeezed pixels (B, 12, H/2, W/2), global grid and squeezed colour read at their place ->
-    features at 1/2 and 1/4, residual (B, 12, H/2, W/2).
+    """Squeezed pixels (B, 12, H/2, W/2), and what the global branch says at their place, features
+    (B, width, H/4, W/4) and squeezed colour (B, 12, H/2, W/2) -> features at 1/2 and 1/4, residual
+    (B, 12, H/2, W/2).
 
     Fully convolutional with a bounded receptive field: a crop, a tile and the whole picture agree
     away from their rims.
@@ -634,7 +635,7 @@ class LocalBranch(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         w1, w2, w3 = width, 2 * width, 4 * width
-        self.stem = nn.Sequential(conv3(48, w1), ResidualBlock(w1))  # 1/2
+        self.stem = nn.Sequential(conv3(4 * 9 + 12, w1), ResidualBlock(w1))  # 1/2
         self.down2 = conv3(w1, w2, 2)  # 1/4
         self.from_grid = nn.Conv2d(width, w2, 1)
         self.mix2 = ResidualBlock(w2)
@@ -669,10 +670,10 @@ class Survey(NamedTuple):
 
 class Condition(NamedTuple):
     """All that the flow knows of `low` (B, 3, H, W), which was padded to multiples of 8 and may
-    have a rim.
+    have a rim of mirrored pixels.
 
     prior_mean: (B, 48, H/4, W/4), in the latent's layout; features: at 1/2 and at 1/4; size: (H, W)
-    before the padding; corner: the rim's (top, left).
+    before the padding; corner: (top, left) of `low` within its rim.
     """
 
     prior_mean: Tensor
@@ -780,11 +781,11 @@ class ConditionalFlow(System):
         """Pixels beyond which nothing of `low` but its survey can change an output, a multiple of
         8.
 
-        The sum of every 3x3 convolution's stride from output to input, and 7 for tiles that start
-        within a block of 8.
+        A 3x3 convolution at 1/n adds n pixels; 7 more for tiles that start within a block of 8.
         """
-        flow = 2 * (2 + 4) * self.config.num_flow_blocks
-        half, quarter, eighth = 2 * (1 + 4 + 1 + 3), 4 * (2 + 1 + 2), 8 * (1 + 4)
+        flow = 2 * (2 + 4) * self.config.num_flow_blocks  # two convolutions in each coupling
+        half = 2 * (1 + 2 + 1 + 4 + 1)  # stem, its block, down2, out1, residual
+        quarter, eighth = 4 * (2 + 1 + 2), 8 * (4 + 1)  # mix2, down3's first, out2; its blocks, up2
         return math.ceil((flow + half + quarter + eighth + 7) / 8) * 8
 
     @property
@@ -919,10 +920,10 @@ def soft_histogram(
     triangle: linear interpolation between the two nearest bins. inverse_quadratic: ELIEI's 1 / (1 +
     (d / sigma)^2).
     """
-    # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
     if kernel == "triangle":
+        # only two bins get a share: scattered, 10x faster than all (..., N, bins) distances
         place = values * (bins - 1)
-        left = place.detach().nan_to_num().floor().clamp(0, bins - 2)  # a NaN stays one, in share
+        left = place.detach().nan_to_num().floor().clamp(0, bins - 2)  # a bin even for NaN
         share, left = place - left, left.long()
         counts = values.new_zeros(*values.shape[:-1], bins)
         counts = counts.scatter_add(-1, left, 1 - share).scatter_add(-1, left + 1, share)
@@ -953,9 +954,10 @@ def mean_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gt_mean_weight(enhanced: Tensor, high: Tensor, spread: float) -> Tensor:
-    """(B,) in [0, 1], detached: how far the means m of (B, 3, H, W) pictures differ.
+    """(B,) in [0, 1], detached: how far the means a and b of (B, 3, H, W) pictures differ.
 
-    The Bhattacharyya distance, at most 1, of the two N(m, (spread m)^2): Liao et al., ICCV 2025.
+    The Bhattacharyya distance of N(a, (s a)^2) and N(b, (s b)^2), s = spread, at most 1:
+    (a - b)^2 / (4 s^2 (a^2 + b^2)) + log((a^2 + b^2) / (2 a b)) / 2. Liao et al., ICCV 2025.
     """
     ours, theirs = (image.detach().mean((1, 2, 3)).clamp(min=1e-3) for image in (enhanced, high))
     total = ours**2 + theirs**2
@@ -964,18 +966,19 @@ def gt_mean_weight(enhanced: Tensor, high: Tensor, spread: float) -> Tensor:
 
 
 def gt_mean(
-    loss: Callable[[Tensor, Tensor], Tensor], enhanced: Tensor, high: Tensor, spread: float
+    compare: Callable[[Tensor, Tensor], Tensor], enhanced: Tensor, high: Tensor, spread: float
 ) -> Tensor:
-    """(B,) W loss(x, y) + (1 - W) loss(lambda x, y), where lambda x has the mean of y: a brightness
-    that is about right is right enough. Liao et al., GT-mean loss, ICCV 2025; spread 0: loss(x, y).
+    """(B,) W f(x, y) + (1 - W) f(lambda x, y), for a distance or a similarity f, where lambda x has
+    the mean of y: about the right brightness is enough. Liao et al., GT-mean loss, ICCV 2025;
+    spread 0: f(x, y).
     """
-    plain = loss(enhanced, high)
+    plain = compare(enhanced, high)
     if not spread:
         return plain
     weight = gt_mean_weight(enhanced, high, spread)
     means = [image.mean((1, 2, 3), keepdim=True) for image in (enhanced, high)]
     scale = means[1] / means[0].clamp(min=1e-3)
-    return weight * plain + (1 - weight) * loss(enhanced * scale, high)
+    return weight * plain + (1 - weight) * compare(enhanced * scale, high)
 
 
 def picture_losses(enhanced: Tensor, high: Tensor, config: Config) -> dict[str, Tensor]:
@@ -1054,8 +1057,7 @@ class Trainer:
         here = resume is not None and Path(resume).parent.resolve() == self.folder.resolve()
         if not processes.restarted() and not here:
             checkpoints.refuse_other_run(self.folder)
-        room = use.cache_megabytes * 2**20
-        self.store, self.training, self.held_out, self.validation = training_data(config, room)
+        self.store, self.training, self.held_out, self.validation = training_data(config, use)
         if state is not None:
             chosen_by = self.held_out.thumbnails[self.validation]
             resumes.refuse_other_pictures(state, str(resume), self.store, chosen_by)
@@ -1069,7 +1071,7 @@ class Trainer:
         self.ema = averaged_model(self.model, config.ema_decay)
         self.averaged = cast(System, self.ema.module)
         if config.teacher:
-            teacher = checkpoints.load_teacher(config, use.camera, system, RETIRED_KEYS)
+            teacher = checkpoints.load_teacher(config, use.camera, system)
             self.model.teacher = self.averaged.teacher = self.runtime.place(teacher).answer
         self.optimizer = self.model.make_optimizer()
         scaled = self.runtime.dtype == torch.float16
@@ -1356,8 +1358,8 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
         here = {"checkpoint_dir": str(Path(resume).parent)}
         checkpoint = checkpoints.load_checkpoint(resume, system.name())
         kind, mine = system.config_class, here | given
-        config = checkpoints.stored_config(checkpoint, resume, mine, kind, RETIRED_KEYS)
-        resumes.told_changes(checkpoint, resume, mine, kind, RETIRED_KEYS)
+        config = checkpoints.stored_config(checkpoint, resume, mine, kind)
+        resumes.told_changes(checkpoint, resume, mine, kind)
     use = settings.build(Use, given, "settings")
     return Trainer(config, use, system, resume).fit()
 
@@ -1370,7 +1372,9 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:
     """A checkpoint's model, ready to evaluate and enhance, under the settings `given`."""
     checkpoint = checkpoints.load_checkpoint(path, system.name())
-    config = checkpoints.stored_config(checkpoint, path, given, system.config_class, RETIRED_KEYS)
+    # crop_size decides the rim: the weights say how they were trained, not a recipe beside them
+    mine = {key: value for key, value in given.items() if key != "crop_size"}
+    config = checkpoints.stored_config(checkpoint, path, mine, system.config_class)
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)
     model = runtime.place(checkpoints.build_model(system, config, checkpoint, path)).eval()
@@ -1613,7 +1617,7 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
     """--mode evaluate: a model, or the pictures in `outputs_dir`."""
     loaded = to_evaluate(arguments, system)
     use, config, outputs = loaded.use, loaded.model.config, loaded.use.outputs_dir
-    room, skip = use.cache_megabytes * 2**20, config.on_bad_file == "skip"
+    room, skip = use.cache_megabytes * 2**20, use.on_bad_file == "skip"
     extra = load_extra(use.extra_metrics, bool(use.eval_high_dir), loaded.runtime.device)
     pairs = evaluation_pairs(use, need_targets=False)
     store = PairStore(with_outputs(pairs, outputs) if outputs else pairs, room, skip)

@@ -15,6 +15,7 @@ weights there. A run that is started again goes on with what is missing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         settings = read_all((ms.Config, ms.Use), None, arguments.set, ())
-        use = {key: value for key, value in settings.items() if key in ms.RETIRED_KEYS}
+        own = {key.name for key in dataclasses.fields(ms.Use)}
+        use = {key: value for key, value in settings.items() if key in own}
         out = Path(arguments.out)
         rows = measure(arguments, use, out)
         write_csv(out / "curve.csv", rows)

@@ -102,7 +102,7 @@ class Task(NamedTuple):
 
     def store(self) -> ms.PairStore:
         """The pairs to score."""
-        room, skip = self.use.cache_megabytes * 2**20, self.config.on_bad_file == "skip"
+        room, skip = self.use.cache_megabytes * 2**20, self.use.on_bad_file == "skip"
         return ms.PairStore(evaluation_pairs(self.use), room, skip)
 
 

@@ -54,7 +54,7 @@ def open_bench(description: str | None) -> Bench:
     try:
         given = read_all((ms.Config, ms.Use), None, arguments.set, ())
         loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
-        use, skip = loaded.use, loaded.model.config.on_bad_file == "skip"
+        use, skip = loaded.use, loaded.use.on_bad_file == "skip"
         room = use.cache_megabytes * 2**20
         store = ms.PairStore(evaluation_pairs(use), room, skip)
     except UserError as error:

@@ -63,9 +63,7 @@ def main() -> None:
     try:
         given = read_all((ms.Config, ms.Use), None, arguments.set, ())
         model, use, runtime = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)[:3]
-        store, training, held_out, validation = training_data(
-            model.config, use.cache_megabytes * 2**20
-        )
+        store, training, held_out, validation = training_data(model.config, use)
     except UserError as error:
         sys.exit(complain(error))
     rows = defaultdict(list)

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 
 from add_looks import looks_of  # noqa: E402
 
-from model_script import RETIRED_KEYS  # noqa: E402
 from support.cameras import (  # noqa: E402
     SIDE,
     CameraNet,
@@ -39,7 +38,7 @@ from support.cameras import (  # noqa: E402
     camera_of,
     small_thumbnail,
 )
-from support.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
+from support.checkpoints import RETIRED, load_checkpoint, save_checkpoint  # noqa: E402
 from support.decoding import read_image  # noqa: E402
 from support.pairs import pictures_by_stem  # noqa: E402
 from support.settings import UserError, complain  # noqa: E402
@@ -126,7 +125,7 @@ def pack(ordinary: str, infrared: str, camera_net: dict[str, Tensor]) -> dict[st
     chose = [part for part in parts if "validation_thumbnails" in part]  # old ones lack them
     looks |= {"validation_thumbnails": joined(chose, "validation_thumbnails")} if chose else {}
     # where the data lay is of no use elsewhere
-    stored = {k: v for k, v in parts[0]["config"].items() if k not in RETIRED_KEYS}
+    stored = {k: v for k, v in parts[0]["config"].items() if k not in RETIRED}
     config = stored | {"sources": [], "init_from": ""}
     config |= {key: "" for key in config if key.endswith(("_low_dir", "_high_dir"))}
     config |= {"checkpoint_dir": "checkpoints", "log_dir": "logs", "seed": 0}

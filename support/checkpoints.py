@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage" for kind in STORED
 }
 LONGEST_PICKLE = 2**24
+# keys of older checkpoints: November 2026 stored with the weights how they were used
+RETIRED = {"cache_megabytes", "compile", "device", "eval_high_dir", "eval_low_dir", "eval_size"}
+RETIRED |= {"exposure", "memory_megabytes", "num_workers", "on_bad_file", "overwrite", "pin_memory"}
+RETIRED |= {"quality", "reference", "results_dir", "samples", "scenes", "temperature", "tile_size"}
+RETIRED |= {"uncertainty"}
 # what a training writes; checkpoint_epoch_mine.pth is somebody's own
 WRITTEN = re.compile(r"best_model|checkpoint_epoch_\d+|checkpoint_interrupted", re.ASCII)
 
@@ -77,7 +82,10 @@ def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
-        hint = "--mode train writes it; the released weights are checkpoints/released.pth"
+        ours = system in ("", "ConditionalFlow")
+        known = "; the released weights are checkpoints/released.pth" if ours else ""
+        made = "--mode train writes it" if WRITTEN.fullmatch(Path(path).stem) else "check the name"
+        hint = f"{made}{known}"
         raise UserError(f"{path}: no such checkpoint; {hint}") from None
     except OSError as error:
         reason = error.strerror or "damaged file"
@@ -109,15 +117,13 @@ def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
     return content
 
 
-def stored_config(
-    checkpoint: dict[str, Any], path: str, given: dict[str, Any], kind: type, retired: Iterable[str]
-) -> Any:
+def stored_config(checkpoint: dict[str, Any], path: str, given: dict[str, Any], kind: type) -> Any:
     """The checkpoint's own config under the settings `given`.
 
     Data folders recorded in the checkpoint count only where they exist: weights travel, data sets
-    do not. `retired` keys are dropped. Raises UserError where `given` names another architecture.
+    do not. RETIRED keys are dropped. Raises UserError where `given` names another architecture.
     """
-    known = {k: v for k, v in checkpoint["config"].items() if k not in set(retired)}
+    known = {k: v for k, v in checkpoint["config"].items() if k not in RETIRED}
     stored = read_settings([kind], known, path)
     data = ("_low_dir", "_high_dir")
     here = {k: v for k, v in stored.items() if not k.endswith(data) or os.path.isdir(v)}
@@ -198,14 +204,14 @@ def starting_weights(path: str, camera: str) -> dict[str, Any]:
     return camera_parts(checkpoint, path)[0] if camera == "infrared" else checkpoint
 
 
-def load_teacher(config: Any, camera: str, system: type[Any], retired: Iterable[str]) -> Any:
+def load_teacher(config: Any, camera: str, system: type[Any]) -> Any:
     """The model that a training learns from; of two networks as `starting_weights`.
 
     Raises UserError where its thumbnails have another size than `config` says.
     """
     path = config.teacher
     weights = starting_weights(path, camera)
-    own = stored_config(weights, path, {}, system.config_class, retired)
+    own = stored_config(weights, path, {}, system.config_class)
     if own.thumbnail_size != config.thumbnail_size:
         sizes = f"{path} has {own.thumbnail_size}, the pupil {config.thumbnail_size}"
         raise UserError(f"thumbnail_size: {sizes}; a teacher's must be its pupil's")

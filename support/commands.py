@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from support.settings import OneLineParser, RunError, UserError, complain, key_parser, read_all
+from support.settings import (
+    OneLineParser,
+    RunError,
+    UserError,
+    assignments,
+    complain,
+    key_parser,
+    read_all,
+)
 
 EXAMPLES = """\
 examples
@@ -33,6 +41,7 @@ settings: in the JSON file of --config, as --set KEY=VALUE, or as --KEY VALUE
 # the options that a mode takes beside --config and --set
 TAKES: dict[str, tuple[str, ...]] = {"train": ("resume",), "evaluate": ("checkpoint",)}
 TAKES |= {"enhance": ("checkpoint", "input", "output")}
+UNSCORED = ("exposure", "strength", "reference")  # what a user adds to an enhanced picture
 
 
 def parser_of(
@@ -81,12 +90,15 @@ def parse(
             raise UserError(f"--{name} does nothing in --mode {arguments.mode}; leave it out")
         if not given and name in takes and name in ("input", "output"):
             raise UserError(f"--mode {arguments.mode} needs --{name} FILE")
-    keys = {key.name for kind in kinds for key in dataclasses.fields(kind)}
+    keys = {key.name for kind in kinds for key in fields(kind)}
     direct = {name: value for name, value in vars(arguments).items() if name in keys}
     words = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in direct.items()]
     arguments.set += [f"{name}={word}" for name, word in words]
     found = read_all(kinds, arguments.config, arguments.set, system.unused)
     arguments.settings = found
+    for name in UNSCORED if arguments.mode == "evaluate" else ():
+        if name in assignments(arguments.set):  # a config file may serve several modes
+            raise UserError(f"{name} does nothing in --mode evaluate; leave it out")
     if arguments.mode == "evaluate" and found.get("outputs_dir"):
         if arguments.checkpoint is not None:
             hint = "outputs_dir scores pictures that are there; leave one of the two out"

@@ -213,12 +213,13 @@ def source_pairs(
     return pairs["train"], pairs["val"]
 
 
-def training_data(config: Any, room: int) -> tuple[PairStore, list[int], PairStore, list[int]]:
-    """(training store, its indices, validation store, its indices), which cache up to `room` bytes.
+def training_data(config: Any, use: Any) -> tuple[PairStore, list[int], PairStore, list[int]]:
+    """(training store, its indices, validation store, its indices); together they keep up to
+    `use.cache_megabytes` decoded.
 
     Validation pairs are the sources' own, those of val_low_dir, or split off by scene.
     """
-    skip = config.on_bad_file == "skip"
+    room, skip = use.cache_megabytes * 2**20, use.on_bad_file == "skip"
     if not config.sources and not config.val_low_dir:
         pairs = find_pairs(config.train_low_dir, config.train_high_dir, "train")
         store = PairStore(pairs, room, skip)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from support.checkpoints import RETIRED
 from support.notices import listed_sources, same_path
 from support.pairs import PairStore
 from support.scenes import known_thumbnails
@@ -47,14 +48,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def told_changes(
-    checkpoint: dict[str, Any], path: str, given: dict[str, Any], kind: type, retired: Iterable[str]
+    checkpoint: dict[str, Any], path: str, given: dict[str, Any], kind: type
 ) -> list[str]:
     """Print, in one line, and return which settings of the run in `checkpoint` are `given` anew.
 
     Settings that draw other data or need another optimizer may not change: raises UserError. A data
     folder that is gone may be named anew; `refuse_other_pictures` then compares the pictures.
     """
-    known = {k: v for k, v in checkpoint["config"].items() if k not in set(retired)}
+    known = {k: v for k, v in checkpoint["config"].items() if k not in RETIRED}
     config: Any = build(kind, read_settings([kind], known, path), path)
     old = dataclasses.asdict(config)
     new = old | {key: value for key, value in given.items() if key in old}

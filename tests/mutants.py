@@ -210,13 +210,8 @@ MUTANTS = [
     Mutant("if name in found:", "if name in found and found[name] == value:", CONFIG, SETTINGS),
     Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
     Mutant("and value.bit_length() < 9999", "", ROOMS, SETTINGS),
-    Mutant(
-        "RETIRED_KEYS = {key.name for key in dataclasses.fields(Use)}",
-        "RETIRED_KEYS = set()",
-        ROOMS,
-    ),
     # checkpoints
-    Mutant(" if k not in set(retired)}", "}", ROOMS, CHECKPOINTS),
+    Mutant(" if k not in RETIRED}", "}", ROOMS, CHECKPOINTS),
     Mutant(" if not k.endswith(data) or os.path.isdir(v)}", "}", ROOMS, CHECKPOINTS),
     Mutant(
         "given.get(key.name, mine) != mine:",

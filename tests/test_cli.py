@@ -34,6 +34,7 @@ from cli_tools import (
 from PIL import Image
 
 import model_script as ms
+from support.checkpoints import RETIRED
 from support.commands import EXAMPLES
 from support.decoding import read_image
 from support.metrics import ciede2000_of
@@ -374,10 +375,10 @@ def test_how_a_training_was_used_does_not_stick_to_its_weights(
 def test_a_checkpoint_of_november_is_read_without_how_it_was_used(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    """They store every key of today's Use, too; nothing of that may reach an evaluation."""
+    """They store how they were used, too; nothing of that may reach an evaluation."""
     content = torch.load(workshop.checkpoint, weights_only=True)
     used = ms.Use(scenes="1", temperature=1.0, eval_size="native", results_dir="elsewhere")
-    content["config"] |= dataclasses.asdict(used)
+    content["config"] |= {key: getattr(used, key) for key in RETIRED}
     torch.save(content, tmp_path / "old.pth")
     results = evaluation(tmp_path / "old.pth", workshop.folder, tmp_path / "results")
     assert scores_in(results) == {row["filename"]: row["psnr"] for row in workshop.rows()}

@@ -377,7 +377,9 @@ def test_two_stores_share_one_cache_limit(make_pairs: MakePairs, tmp_path: Path)
     folders = dict(train_low_dir=str(low), train_high_dir=str(high))
     folders |= dict(val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
     for limit, expected in ((100, [2, 2]), (4, [2, 1]), (2, [1, 0])):
-        store, _, validation, _ = ms.training_data(ms.Config(**folders), limit * 2**20)
+        store, _, validation, _ = ms.training_data(
+            ms.Config(**folders), ms.Use(cache_megabytes=limit)
+        )
         assert [len(store._cache), len(validation._cache)] == expected, limit
 
 
@@ -449,11 +451,11 @@ def test_training_data_takes_a_validation_set_of_its_own(tmp_path: Path) -> None
     )
     folders = dict(train_low_dir=str(train[0]), train_high_dir=str(train[1]))
     config = ms.Config(**folders, val_low_dir=str(held_out[0]), val_high_dir=str(held_out[1]))
-    store, training, other, validation = ms.training_data(config, 2**30)
+    store, training, other, validation = ms.training_data(config, ms.Use())
     assert (training, validation) == ([0, 1, 2, 3], [0, 1])
     np.testing.assert_array_equal(other[1][0], read_image(held_out[0] / "2.png"))
     split = ms.Config(**folders, val_fraction=0.25)
-    store, training, other, validation = ms.training_data(split, 2**30)
+    store, training, other, validation = ms.training_data(split, ms.Use())
     assert other is store and len(training) == 3 and len(validation) == 1
 
 

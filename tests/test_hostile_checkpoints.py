@@ -25,7 +25,7 @@ from conftest import randomise
 from test_odd_pictures import resident
 
 import model_script as ms
-from support.checkpoints import FORMAT_VERSION, load_checkpoint
+from support.checkpoints import FORMAT_VERSION, RETIRED, load_checkpoint
 from support.scenes import training_twins
 from support.settings import UserError
 
@@ -446,7 +446,7 @@ def test_a_checkpoint_does_not_say_what_its_use_may_cost(trained: Path, tmp_path
     given = {"device": "cpu", "quality": 7}
     loaded = ms.load_model(str(tmp_path / "dear.pth"), given, ms.ConditionalFlow)
     assert loaded.use == ms.Use(device="cpu", quality=7)
-    assert not set(dataclasses.asdict(loaded.model.config)) & ms.RETIRED_KEYS
+    assert not set(dataclasses.asdict(loaded.model.config)) & RETIRED
 
 
 def test_a_state_far_ahead_with_no_checkpoints_ends_at_once(trained: Path, tmp_path: Path) -> None:

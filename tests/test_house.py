@@ -47,9 +47,17 @@ def test_the_script_is_short_enough_to_be_read() -> None:
     assert line_of("def _train_step(") < 1200
 
 
-@pytest.mark.parametrize("path", [SCRIPT, *SUPPORT], ids=lambda path: path.name)
-def test_lines_are_short(path: Path) -> None:
-    assert [n for n, line in enumerate(lines_of(path), 1) if len(line) > 100] == []
+def test_lines_are_short() -> None:
+    """A table's row may be long, and what a command prints."""
+    words = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("C*.md")]
+    page = [path for path in (ROOT / "tools" / "templates").iterdir() if path.suffix != ".svg"]
+    long = [
+        f"{path.name}:{number}"
+        for path in [SCRIPT, *SUPPORT, *words, *page]
+        for number, line in enumerate(lines_of(path), 1)
+        if len(line) > 100 and not (path in words and line.startswith(("|", "note: ")))
+    ]
+    assert long == []
 
 
 def test_no_room_is_too_large() -> None:
@@ -76,6 +84,11 @@ def test_the_script_imports_what_it_stands_on_alone() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "baselines").glob("*.py")), ids=lambda p: p.name)
 def test_baselines_import_neither_tools_nor_benchmarks(path: Path) -> None:
     assert imported_by(path).isdisjoint({"tools", "benchmarks", "tests"})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
+def test_tools_import_neither_benchmarks_nor_tests(path: Path) -> None:
+    assert imported_by(path).isdisjoint({"benchmarks", "tests"})
 
 
 @pytest.mark.parametrize("module", TORCHLESS)

@@ -34,7 +34,7 @@ def tiny_model(seed: int = 0) -> ms.ConditionalFlow:
 
 def stored(config: dict[str, Any], **given: object) -> ms.Config:
     """The config of a checkpoint that stores `config`, under the settings `given`."""
-    return checkpoints.stored_config({"config": config}, "a.pth", given, ms.Config, ms.RETIRED_KEYS)
+    return checkpoints.stored_config({"config": config}, "a.pth", given, ms.Config)
 
 
 def test_a_stored_config_comes_back_and_settings_win_over_it() -> None:
@@ -301,3 +301,22 @@ def test_the_summary_leaves_twins_out_and_takes_the_median_of_the_seconds(tmp_pa
     assert summary["without_twins"]["num_images"] == 1  # None: nobody knows
     assert summary["without_twins"]["metrics"]["psnr"]["mean"] == 10
     assert evaluation_summary(rows[1:], str(tmp_path / "a.pth"), {})["without_twins"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "system", "words"),
+    [
+        ("checkpoints/best_model.pth", "ConditionalFlow", ["--mode train writes it", "released"]),
+        ("mine.pth", "", ["check the name", "released"]),
+        ("best_model.pth", "RetinexNet", ["--mode train writes it"]),
+    ],
+)
+def test_a_missing_checkpoint_is_told_with_what_mends_it(
+    tmp_path: Path, path: str, system: str, words: list[str]
+) -> None:
+    """Only this project's own system has released weights to name."""
+    with pytest.raises(UserError, match="no such checkpoint") as caught:
+        checkpoints.load_checkpoint(str(tmp_path / path), system)
+    line = str(caught.value)
+    assert all(word in line for word in words)
+    assert ("released.pth" in line) == ("released" in words)

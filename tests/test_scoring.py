@@ -360,3 +360,15 @@ def test_other_modes_take_no_notice_of_the_folder(
     files = ["--input", str(pairs / "low" / "2.png"), "--output", str(tmp_path / "2.png")]
     given = ["--set", "outputs_dir=nowhere", "--set", "device=cpu", "--checkpoint", str(weights)]
     assert ms.main(["--mode", "enhance", *files, *given]) == 0
+
+
+@pytest.mark.parametrize("wish", ["exposure=1", "strength=0.5", "reference=low.png"])
+def test_what_evaluation_does_not_score_is_refused(
+    weights: Path, pairs: Path, capsys: pytest.CaptureFixture[str], wish: str
+) -> None:
+    """A score that left out in silence what the user asked for would be of another picture."""
+    folders = [f"--eval_{side}_dir={pairs / side}" for side in ("low", "high")]
+    given = ["--checkpoint", str(weights), *folders, "--set", wish]
+    assert ms.main(["--mode", "evaluate", *given]) == 2
+    name = wish.partition("=")[0]
+    assert f"{name} does nothing in --mode evaluate" in capsys.readouterr().err

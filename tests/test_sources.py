@@ -41,7 +41,7 @@ def config_of(folder: Path, **settings: object) -> ms.Config:
 
 
 def samples_of(config: ms.Config) -> ms.TrainingSamples:
-    store, training, _, _ = training_data(config, 2**28)
+    store, training, _, _ = training_data(config, ms.Use())
     return ms.TrainingSamples(store, training, config)
 
 
