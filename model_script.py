@@ -174,7 +174,7 @@ class Config:
             raise UserError("identity_share and paste_share must sum to at most 1")
         nll = self.nll_weight if self.nll_every == 1 else 0.0  # else most steps are without it
         if not any((nll, self.l1_weight, self.ssim_weight, self.colour_weight)):
-            raise UserError("a step has no loss: raise l1_, ssim_, colour_ or nll_weight")
+            raise UserError("a step has no loss: raise l1_weight, ssim_weight or colour_weight")
 
 
 @dataclasses.dataclass

@@ -20,10 +20,11 @@ ELSEWHERE = ("make ", "pip ", "tensorboard ", "python model_script.py --mode dem
 
 
 def commands() -> list[str]:
-    """The lines of the README's fenced blocks that are commands, continued lines joined."""
+    """The README's commands: lines of fenced blocks, continued ones joined, then those in text."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    fenced = re.compile(r"^```\n(.*?)^```", re.M | re.S)
+    lines = "\n".join(fenced.findall(text)).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(python [^`]+)`", fenced.sub("", text))
     return [line for line in lines if re.match(r"(python|make|pip|tensorboard) ", line)]
 
 
@@ -59,6 +60,7 @@ def test_the_commands_work_in_the_order_of_the_readme(clone: Path) -> None:
         if line.startswith(ELSEWHERE):
             continue
         short = " --set num_epochs=1" if "--mode train" in line else ""
+        short += " --output picture.jpg" if "make_picture" in line else ""
         # the Python of these tests is the newcomer's
         shell = f'python() {{ "{sys.executable}" "$@"; }}; {line}{short}'
         done = subprocess.run(
@@ -72,7 +74,7 @@ def test_the_commands_work_in_the_order_of_the_readme(clone: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         tried.append(line)
     modes = {re.search(r"--mode (\w+)", line).group(1) for line in tried if "--mode" in line}  # type: ignore[union-attr]
-    assert modes == {"enhance", "train", "evaluate"} and len(tried) >= 7
+    assert modes == {"enhance", "train", "evaluate"} and len(tried) >= 9
     assert (clone / "enhanced.jpg").exists() and (clone / "runs/mine/best_model.pth").exists()
 
 
