@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from conftest import ROOT, randomise
 from PIL import Image
 
 import model_script as ms
@@ -172,3 +174,24 @@ def test_brightness_of_a_network_is_measured_on_pairs(
     assert float(told.split("off by ")[1].split()[0]) == pytest.approx(expected, abs=0.03)
     assert brightness.main(["--pairs", str(tmp_path)]) == 2
     assert "LOW:HIGH" in capsys.readouterr().err
+
+
+def test_two_trees_are_timed_by_turns(tmp_path: Path) -> None:
+    """This tree beside itself: the same picture, to the last bit."""
+    torch.manual_seed(0)
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32, crop_size=64)
+    model = randomise(ms.ConditionalFlow(config), 0.05)
+    weights = tmp_path / "small.pth"
+    save_checkpoint(weights, {"config": dataclasses.asdict(config), "model": model.state_dict()})
+    command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), "--turns", "2"]
+    command += ["--threads", "1", "--checkpoint", str(weights)]
+    done = subprocess.run(
+        [*command, "--before", str(ROOT)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = re.findall(r"(enhance|train): ([\d.]+) s before, ([\d.]+) s now, ratio", done.stdout)
+    assert [job for job, *_ in seconds] == ["enhance", "train"]
+    assert all(float(one) > 0 for _, *both in seconds for one in both)
+    assert "pictures differ by at most 0.0e+00, by 0.0e+00 inside" in done.stdout
+    wrong = subprocess.run([*command, "--before", str(tmp_path)], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no model_script.py there" in wrong.stderr
