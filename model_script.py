@@ -212,7 +212,7 @@ class Use:
         if self.tile_size % 8 or 0 < self.tile_size < 64:
             hint = "0 or a multiple of 8 in [64, 65536]"
             raise UserError(f"tile_size must be {hint}, got {self.tile_size}")
-        self.size_to_score(None)
+        self.size_to_score(None)  # raises what is wrong with eval_size
 
     @property
     def drawn(self) -> int:
@@ -274,15 +274,16 @@ class TrainingSamples(Dataset):
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
         window = (slice(top, top + height), slice(left, left + width))
-        altered = self._alter(low, high, window, index, np.random.default_rng((*key, 2**31)))
-        pair = torch.stack([to_tensor(altered[0]), to_tensor(altered[1])])
+        own = np.random.default_rng((*key, 2**31))  # so that crops and gains are those without it
+        low, high, well_exposed = self._alter(low, high, window, index, own)
+        pair = torch.stack([to_tensor(low), to_tensor(high)])
         if self.config.crop_size and not whole:
             pixels, box = self._crop(pair, rng)
         else:
             pixels, box = resize(pair, self.config.image_size, quantise=True), WHOLE_BOX
         thumbnail = resize(pair[:1], [self.config.thumbnail_size] * 2)[0]
         sample = Sample(pixels[0], pixels[1], thumbnail, torch.tensor(box))
-        return self._augment(sample, rng, keep_exposure=altered[2])
+        return self._augment(sample, rng, keep_exposure=well_exposed)
 
     def _alter(
         self,
@@ -1610,6 +1611,7 @@ def to_evaluate(arguments: argparse.Namespace, system: type[System]) -> Loaded:
         return load_model(arguments.checkpoint, arguments.settings, system)
     config = settings.build(system.config_class, arguments.settings, "settings")
     use = settings.build(Use, arguments.settings, "settings")
+    # nothing will be enhanced: of this model only the config is asked
     return Loaded(System(config), use, choose_runtime(use.device, False), {})
 
 

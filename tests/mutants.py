@@ -210,6 +210,17 @@ MUTANTS = [
     Mutant("if name in found:", "if name in found and found[name] == value:", CONFIG, SETTINGS),
     Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
     Mutant("and value.bit_length() < 9999", "", ROOMS, SETTINGS),
+    Mutant(
+        'for key, value in given.items() if key != "crop_size"}',
+        "for key, value in given.items()}",
+        ROOMS,
+    ),
+    Mutant(
+        'UNSCORED if arguments.mode == "evaluate" else ()',
+        "()",
+        "test_scoring",
+        "support/commands.py",
+    ),
     # checkpoints
     Mutant(" if k not in RETIRED}", "}", ROOMS, CHECKPOINTS),
     Mutant(" if not k.endswith(data) or os.path.isdir(v)}", "}", ROOMS, CHECKPOINTS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,17 @@ def test_a_missing_checkpoint_is_told_with_what_mends_it(
     line = str(caught.value)
     assert all(word in line for word in words)
     assert ("released.pth" in line) == ("released" in words)
+
+
+def test_the_rim_is_the_weights_own_whatever_a_config_says(tmp_path: Path) -> None:
+    """A recipe beside the weights, such as cpu_train_config.json, must not change their picture."""
+    for trained, wanted in ((64, tiles.RIM), (0, 0)):
+        config = ms.Config(**TINY, crop_size=trained)
+        content = {
+            "config": dataclasses.asdict(config),
+            "model": ms.ConditionalFlow(config).state_dict(),
+        }
+        checkpoints.save_checkpoint(tmp_path / "a.pth", content)
+        for given in ({}, {"crop_size": 0}, {"crop_size": 32}):
+            loaded = ms.load_model(str(tmp_path / "a.pth"), given, ms.ConditionalFlow)
+            assert loaded.model.rim == wanted
