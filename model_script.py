@@ -441,8 +441,8 @@ class Coupling(nn.Module):
 
     def scale_and_shift(self, kept: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """log-scale in [-0.5, 0.5] and shift, each of the shape and type of the kept half."""
-        hidden = F.silu(self.from_half(kept) + self.from_condition(condition))
-        scale, shift = self.out(F.silu(self.mix(hidden))).to(kept.dtype).chunk(2, dim=1)
+        hidden = silu(self.from_half(kept) + self.from_condition(condition))
+        scale, shift = self.out(silu(self.mix(hidden))).to(kept.dtype).chunk(2, dim=1)
         return SCALE_BOUND * torch.tanh(scale), shift
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -527,6 +527,11 @@ class ChannelDropout(nn.Module):
         return x * F.dropout(x.new_ones(1, x.shape[1], 1, 1), self.rate)
 
 
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); without gradients in the memory of `x`, which must have no other use."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(silu(x)))); no norm, so that a crop gives the whole's values."""
 
@@ -536,7 +541,7 @@ class ResidualBlock(nn.Module):
         self.dropout = ChannelDropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.dropout(F.silu(self.first(F.silu(x)))))
+        return x + self.second(self.dropout(silu(self.first(F.silu(x)))))
 
 
 class SelfAttention(nn.Module):
@@ -556,14 +561,15 @@ class SelfAttention(nn.Module):
         return x + self.out(mixed.mT.reshape(b, c, h, w))
 
 
-def low_features(low: Tensor, brightness: Tensor) -> Tensor:
-    """(B, 3C, H, W): low (B, C, H, W), its logarithm and its ratio to `brightness` (B, 1, 1, 1).
+def low_features(low: Tensor, brightness: Tensor, *further: Tensor) -> Tensor:
+    """(B, 3C + ..., H, W): low (B, C, H, W), its logarithm, its ratio to `brightness` (B, 1, 1, 1),
+    and what else is known of its pixels.
 
     The logarithm opens up a dark sensor's few counts, from 0 to 8 bits. The ratio is the same
     whatever the exposure; beyond 16 times the mean it says no more.
     """
     logarithm, ratio = (low * 255 + 1).log2() / 8, (low / (4 * brightness)).clamp(max=4)
-    return torch.cat([low, logarithm, ratio], dim=1)
+    return torch.cat([low, logarithm, ratio, *further], dim=1)
 
 
 def shares_of_cells(start: Tensor, end: Tensor, count: int, cells: int) -> Tensor:
@@ -650,7 +656,7 @@ class LocalBranch(nn.Module):
     def forward(
         self, low: Tensor, brightness: Tensor, grid: Tensor, colour: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x1 = self.stem(torch.cat([low_features(low, brightness), colour], dim=1))
+        x1 = self.stem(low_features(low, brightness, colour))
         x2 = self.mix2(self.down2(x1) + self.from_grid(grid))
         x2 = self.out2(x2 + self.up2(self.down3(x2)))
         x1 = self.out1(x1 + self.up1(x2))
