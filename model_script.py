@@ -101,7 +101,7 @@ class Config:
     val_low_dir: str = knob("", "dark validation photographs; empty: split off by scene")
     val_high_dir: str = knob("", "their targets")
     sources: list[dict] = knob([], "several sets of pairs in place of these; see docs/training.md")
-    epoch_samples: int = knob(0, "with sources: samples in an epoch; 0: as many as pairs", 0, 10**9)
+    epoch_samples: int = knob(0, "with sources: steps of an epoch x batch_size; 0: pairs", 0, 10**9)
     val_pairs: int = knob(0, "with sources: validation pairs of each; 0: all", 0, 10**9)
     val_fraction: float = knob(0.1, "share of the pairs to split off, whole scenes", 0.0, 0.9)
     scene_similarity: float = knob(0.85, "correlation of targets that show one scene", 0.0, 1.0)
@@ -110,7 +110,7 @@ class Config:
     crop_scales: list[float] = knob([1.0, 0.5, 0.0], "drawn evenly; 0: the whole picture", 0.0, 1.0)
     whole_share: float = knob(0.0, "with crops: share of batches of whole pictures", 0.0, 1.0)
     whole_batch: int = knob(0, "with sources: size of whole batches; 0: batch_size", 0, 4096)
-    window_min: float = knob(0.45, "augmentation: least part that plays a whole", 0.1, 1.0)
+    window_min: float = knob(0.45, "augmentation: least side of what is taken as whole", 0.1, 1.0)
     flips: bool = knob(True, "augmentation: mirror, and transpose square inputs")
     exposure_gain: float = knob(0.3, "augmentation: gain on low, in stops either way", 0.0, 4.0)
     channel_gain: float = knob(0.05, "augmentation: gain per channel of low, relative", 0.0, 0.9)
@@ -120,8 +120,8 @@ class Config:
     paste_share: float = knob(0.0, "share of samples with parts of high pasted into low", 0.0, 1.0)
     mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
     # model
-    flow_channels: int = knob(96, "width of couplings and branches", 8, 1024, architecture=True)
-    global_channels: int = knob(0, "the global branch's; 0: the same", 0, 1024, architecture=True)
+    flow_channels: int = knob(96, "width of couplings, 2 x branches", 8, 1024, architecture=True)
+    global_channels: int = knob(0, "of the global branch; 0: the same", 0, 1024, architecture=True)
     num_flow_blocks: int = knob(2, "flow steps at each of two scales", 1, 64, architecture=True)
     thumbnail_size: int = knob(128, "side of the global branch's view", 32, 512, architecture=True)
     global_dropout: float = knob(0.1, "channel dropout inside the global branch", 0.0, 0.9)
@@ -174,7 +174,8 @@ class Config:
             raise UserError("identity_share and paste_share must sum to at most 1")
         nll = self.nll_weight if self.nll_every == 1 else 0.0  # else most steps are without it
         if not any((nll, self.l1_weight, self.ssim_weight, self.colour_weight)):
-            raise UserError("a step has no loss: raise l1_weight, ssim_weight or colour_weight")
+            hint = "raise l1_weight, ssim_weight or colour_weight, or nll_weight with nll_every=1"
+            raise UserError(f"a step has no loss: {hint}")
 
 
 @dataclasses.dataclass
@@ -197,7 +198,7 @@ class Use:
     results_dir: str = knob("results", "where evaluations go")
     temperature: float = knob(0.0, "spread of samples, in prior deviations; 0: the mean", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
-    uncertainty: bool = knob(False, "enhance: also write the samples' deviation (of 16 if not set)")
+    uncertainty: bool = knob(False, "enhance: also the deviation over samples (16 if below 2)")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
     strength: float = knob(1.0, "enhance: 1: all of it; 0: the input; between: mixed", 0.0, 1.0)
     denoise: float = knob(0.0, "0: as it is; 1: less noise where the picture is flat", 0.0, 1.0)
@@ -274,7 +275,7 @@ class TrainingSamples(Dataset):
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
         window = (slice(top, top + height), slice(left, left + width))
-        own = np.random.default_rng((*key, 2**31))  # so that crops and gains are those without it
+        own = np.random.default_rng((*key, 2**31))  # crops and gains do not depend on it
         low, high, well_exposed = self._alter(low, high, window, index, own)
         pair = torch.stack([to_tensor(low), to_tensor(high)])
         if self.config.crop_size and not whole:
@@ -565,16 +566,19 @@ def low_features(low: Tensor, brightness: Tensor, *further: Tensor) -> Tensor:
     """(B, 3C + ..., H, W): low (B, C, H, W), its logarithm, its ratio to `brightness` (B, 1, 1, 1),
     and what else is known of its pixels.
 
-    The logarithm opens up a dark sensor's few counts, from 0 to 8 bits. The ratio is the same
-    whatever the exposure; beyond 16 times the mean it says no more.
+    The logarithm, in [0, 1], opens up a dark sensor's few counts. The ratio is the same whatever
+    the exposure; beyond 16 times the mean it says no more.
     """
     logarithm, ratio = (low * 255 + 1).log2() / 8, (low / (4 * brightness)).clamp(max=4)
     return torch.cat([low, logarithm, ratio, *further], dim=1)
 
 
 def shares_of_cells(start: Tensor, end: Tensor, count: int, cells: int) -> Tensor:
-    """(B, count, cells), rows that sum to 1: linear interpolation between the centres of `cells`
-    cells, at `count` pixel centres from start to end (B,), in [0, 1] of all cells."""
+    """(B, count, cells): how much each cell counts at each pixel; a pixel's shares sum to 1.
+
+    `count` pixels lie evenly from start to end (B,), where the cells fill [0, 1]. Linear between
+    the cells' centres; beyond the outermost ones their values hold.
+    """
     pixels, centres = (
         torch.arange(n, dtype=start.dtype, device=start.device) for n in (count, cells)
     )
@@ -1379,8 +1383,8 @@ def train(arguments: argparse.Namespace, system: type[System]) -> int:
 def load_model(path: str, given: dict[str, Any], system: type[System]) -> Loaded:
     """A checkpoint's model, ready to evaluate and enhance, under the settings `given`."""
     checkpoint = checkpoints.load_checkpoint(path, system.name())
-    # crop_size decides the rim: the weights say how they were trained, not a recipe beside them
-    mine = {key: value for key, value in given.items() if key != "crop_size"}
+    # they decide the rim and eval_size=auto, and the weights say how they were trained
+    mine = {k: v for k, v in given.items() if k not in ("crop_size", "image_size")}
     config = checkpoints.stored_config(checkpoint, path, mine, system.config_class)
     use = settings.build(Use, given, "settings")
     runtime = choose_runtime(use.device, config.use_amp)

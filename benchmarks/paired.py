@@ -36,8 +36,9 @@ def work(tree: Path, checkpoint: str, threads: int, picture: str) -> None:
     assert Path(ms.__file__).resolve().parent == tree
     torch.set_num_threads(threads)
     content = torch.load(checkpoint, weights_only=True)
-    shape = ("flow_channels", "num_flow_blocks", "thumbnail_size", "crop_size")
-    config = ms.Config(**{key: content["config"][key] for key in shape})
+    shape = ("flow_channels", "global_channels", "num_flow_blocks", "thumbnail_size", "crop_size")
+    stored = content["config"]
+    config = ms.Config(**{key: stored[key] for key in shape if key in stored})
     model = ms.ConditionalFlow(config).to(memory_format=torch.channels_last)
     model.load_state_dict({key: value.float() for key, value in content["model"].items()})
     optimizer = model.make_optimizer()
@@ -95,6 +96,9 @@ def main() -> int:
     if arguments.tree:
         work(Path(arguments.tree), arguments.checkpoint, arguments.threads, arguments.picture)
         return 0
+    if arguments.turns < 1:
+        print("error: --turns must be at least 1", file=sys.stderr)
+        return 2
     before = Path(arguments.before or "").resolve()
     if not arguments.before or not (before / "model_script.py").is_file():
         print(f"error: --before {arguments.before}: no model_script.py there", file=sys.stderr)

@@ -82,10 +82,10 @@ def load_checkpoint(path: str, system: str = "") -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
-        ours = system in ("", "ConditionalFlow")
-        known = "; the released weights are checkpoints/released.pth" if ours else ""
-        made = "--mode train writes it" if WRITTEN.fullmatch(Path(path).stem) else "check the name"
-        hint = f"{made}{known}"
+        written = WRITTEN.fullmatch(Path(path).stem)
+        hint = "--mode train writes it" if written else "check the name"
+        if system in ("", "ConditionalFlow") and Path(path).name != "released.pth":
+            hint += ", or use the released weights, checkpoints/released.pth"
         raise UserError(f"{path}: no such checkpoint; {hint}") from None
     except OSError as error:
         reason = error.strerror or "damaged file"

@@ -211,8 +211,8 @@ MUTANTS = [
     Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
     Mutant("and value.bit_length() < 9999", "", ROOMS, SETTINGS),
     Mutant(
-        'for key, value in given.items() if key != "crop_size"}',
-        "for key, value in given.items()}",
+        'for k, v in given.items() if k not in ("crop_size", "image_size")}',
+        "for k, v in given.items()}",
         ROOMS,
     ),
     Mutant(

@@ -38,6 +38,7 @@ def task(tmp_path: Path) -> adapt.Task:
     content |= {"training_thumbnails": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}
     save_checkpoint(tmp_path / "start.pth", content)
     recipe = {"image_size": [32, 32], "batch_size": 2, "learning_rate": 5e-3, "ema_decay": 0.9}
+    recipe |= {"crop_size": 32, "crop_scales": [0.0]}  # the start was trained on whole pictures
     recipe |= {"device": "cpu", "warmup_steps": 2, "exposure_gain": 0.0, "num_epochs": 25}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     return adapt.read_command_line(words(tmp_path))
@@ -85,7 +86,7 @@ def test_it_learns_what_is_easy_to_learn(task: adapt.Task, tmp_path: Path) -> No
     assert json.loads((tmp_path / "mine.json").read_text()) == report
     start, mine = (load_checkpoint(str(tmp_path / f"{n}.pth")) for n in ("start", "mine"))
     assert len(mine["training_thumbnails"]) == 8 and "training" not in mine
-    assert str(tmp_path) not in str(mine["config"])
+    assert str(tmp_path) not in str(mine["config"]) and mine["config"]["crop_size"] == 32
     assert not all(torch.equal(start["model"][k], mine["model"][k]) for k in start["model"])
     model = ms.load_model(str(tmp_path / "mine.pth"), {"device": "cpu"}, ms.ConditionalFlow).model
     low = torch.from_numpy(picture(1) // 5).permute(2, 0, 1)[None] / 255

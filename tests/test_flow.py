@@ -491,3 +491,18 @@ def test_the_global_branch_has_a_width_of_its_own() -> None:
         sizes[width] = [sum(p.numel() for p in part.parameters()) for part in parts]
     assert sizes[0] == sizes[16]
     assert sizes[24][0] > 1.5 * sizes[16][0] and sizes[24][1:] == sizes[16][1:]
+
+
+def test_without_gradients_nothing_but_the_memory_is_another() -> None:
+    """SiLU writes over its input there; no input that is needed later may be lost."""
+    torch.manual_seed(0)
+    config = ms.Config(flow_channels=16, num_flow_blocks=2, thumbnail_size=32, global_dropout=0.0)
+    model = randomise(ms.ConditionalFlow(config), 0.1)
+    low, high = torch.rand(2, 1, 3, 48, 40).unbind()
+    found = []
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            torch.manual_seed(1)
+            bits, latent = model.code_length(high, model.condition(low))
+            found.append([model.enhance(low).detach(), bits.detach(), latent.detach()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -332,6 +332,8 @@ def test_the_rim_is_the_weights_own_whatever_a_config_says(tmp_path: Path) -> No
             "model": ms.ConditionalFlow(config).state_dict(),
         }
         checkpoints.save_checkpoint(tmp_path / "a.pth", content)
-        for given in ({}, {"crop_size": 0}, {"crop_size": 32}):
+        for given in ({}, {"crop_size": 0}, {"crop_size": 32, "image_size": [64, 64]}):
             loaded = ms.load_model(str(tmp_path / "a.pth"), given, ms.ConditionalFlow)
             assert loaded.model.rim == wanted
+            size = None if trained else (128, 128)
+            assert loaded.use.size_to_score(loaded.model.config) == size

@@ -310,5 +310,5 @@ def test_a_missing_folder_names_its_source(tmp_path: Path) -> None:
 def test_the_likelihood_alone_must_be_computed_every_step() -> None:
     alone = dict(l1_weight=0.0, ssim_weight=0.0, colour_weight=0.0)
     ms.Config(**alone)
-    with pytest.raises(UserError, match="every step"):
+    with pytest.raises(UserError, match="nll_weight with nll_every=1"):
         ms.Config(**alone, nll_every=2)

@@ -530,7 +530,7 @@ def test_checkpoints_hold_tensors_and_plain_data(straight: Path) -> None:
             type(None),
         }
         assert saved["config"].keys() == {key.name for key in dataclasses.fields(ms.Config)}
-        config = stored_config(saved, name, {}, ms.Config, ())
+        config = stored_config(saved, name, {}, ms.Config)
         assert dataclasses.asdict(config) == saved["config"]
         assert config.flow_channels == TINY["flow_channels"]
         assert saved["training_thumbnails"].shape == (STEPS, 16, 16, 3)
