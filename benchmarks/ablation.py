@@ -67,13 +67,13 @@ class WithoutFlow(ms.ConditionalFlow):
     """
 
     def decode(self, condition: ms.Condition, noise: Tensor | None = None) -> Tensor:
-        latent, (height, width) = condition.prior_mean, condition.size
+        latent, (height, width), (top, left) = condition[0], condition.size, condition.corner
         squeezes = [
             layer for layer in self.flow.layers if isinstance(layer, (ms.LogitMap, ms.Squeeze))
         ]
         for layer in reversed(squeezes):
             latent = layer.inverse(latent)
-        return ms.requantise(latent)[..., :height, :width]
+        return ms.requantise(latent)[..., top : top + height, left : left + width]
 
 
 SHORT: dict[str, Any] = {"crop_size": 128, "learning_rate": 5e-4}

@@ -184,7 +184,8 @@ def adapt(task: Task) -> dict[str, Any]:
     """Cross-validate, decide, write `task.output` and the report beside it, which is returned."""
     released = load_any(task.checkpoint, task.given)
     pairs = find_pairs(str(task.low), str(task.high), "train")
-    store = PairStore(pairs, task.given.get("cache_megabytes", ms.Use().cache_megabytes) * 2**20)
+    use = settings.build(ms.Use, task.given, "--set")
+    store = PairStore(pairs, use.cache_megabytes * 2**20, use.on_bad_file == "skip")
     similarity = settings.build(ms.Config, task.given, task.config).scene_similarity
     folds = folds_of(store.thumbnails, similarity, task.folds)
     minutes = task.minutes / (len(folds) + 1)

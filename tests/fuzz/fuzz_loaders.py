@@ -42,6 +42,7 @@ with atheris.instrument_imports(include=["model_script", "support", "PIL"]):
 
     import model_script as ms
     from support.checkpoints import FORMAT_VERSION
+    from support.commands import parse
     from support.decoding import SUFFIXES, read_image, read_picture
     from support.runtime import Runtime
     from support.settings import UserError, build, read_config_file, read_settings
@@ -51,7 +52,7 @@ unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SMALL = {"flow_channels": 8, "num_flow_blocks": 1, "thumbnail_size": 32}
-KINDS = (ms.Config, ms.Use)
+KINDS, SYSTEM = (ms.Config, ms.Use), ms.ConditionalFlow
 
 
 class Echo(ms.System):
@@ -86,7 +87,7 @@ def config(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     line = data.split(b"\n")[0].decode("utf-8", "surrogateescape").replace("\0", "")
     for read in (
-        lambda: ms.parse_command_line(["--mode", "train", f"--set={line}"]).settings,
+        lambda: parse(["--mode", "train", f"--set={line}"], ms.MODES, KINDS, SYSTEM, None).settings,
         lambda: read_config_file(str(path)),
     ):
         try:
