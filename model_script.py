@@ -120,7 +120,7 @@ class Config:
     paste_share: float = knob(0.0, "share of samples with parts of high pasted into low", 0.0, 1.0)
     mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
     # model
-    flow_channels: int = knob(96, "width of couplings, 2 x branches", 8, 1024, architecture=True)
+    flow_channels: int = knob(96, "width of couplings; branches half", 8, 1024, architecture=True)
     global_channels: int = knob(0, "of the global branch; 0: the same", 0, 1024, architecture=True)
     num_flow_blocks: int = knob(2, "flow steps at each of two scales", 1, 64, architecture=True)
     thumbnail_size: int = knob(128, "side of the global branch's view", 32, 512, architecture=True)
@@ -275,7 +275,7 @@ class TrainingSamples(Dataset):
         low, high = self.store[self.indices[index]]
         top, left, height, width = self._window(low.shape, rng)
         window = (slice(top, top + height), slice(left, left + width))
-        own = np.random.default_rng((*key, 2**31))  # crops and gains do not depend on it
+        own = np.random.default_rng((*key, 2**31))  # crops and gains have the other
         low, high, well_exposed = self._alter(low, high, window, index, own)
         pair = torch.stack([to_tensor(low), to_tensor(high)])
         if self.config.crop_size and not whole:

@@ -103,6 +103,9 @@ def main() -> int:
     if not arguments.before or not (before / "model_script.py").is_file():
         print(f"error: --before {arguments.before}: no model_script.py there", file=sys.stderr)
         return 2
+    if not Path(arguments.checkpoint).is_file():
+        print(f"error: --checkpoint {arguments.checkpoint}: no such file", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         pictures = [Path(folder) / name for name in ("before.pt", "now.pt")]
         trees = [Tree(*one) for one in zip((before, ROOT), [arguments] * 2, pictures, strict=True)]

@@ -193,5 +193,10 @@ def test_two_trees_are_timed_by_turns(tmp_path: Path) -> None:
     assert [job for job, *_ in seconds] == ["enhance", "train"]
     assert all(float(one) > 0 for _, *both in seconds for one in both)
     assert "pictures differ by at most 0.0e+00, by 0.0e+00 inside" in done.stdout
-    wrong = subprocess.run([*command, "--before", str(tmp_path)], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no model_script.py there" in wrong.stderr
+    for option, word in (
+        ("--before", "no model_script.py there"),
+        ("--checkpoint", "no such file"),
+    ):
+        line = [*command, "--before", str(ROOT), option, str(tmp_path)]
+        wrong = subprocess.run(line, capture_output=True, text=True)
+        assert wrong.returncode == 2 and word in wrong.stderr

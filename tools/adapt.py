@@ -121,7 +121,7 @@ class Adapter:
         folders = lay_out(chosen, place / "train")
         # the trainer wants to validate; nothing is chosen by that, so one known pair will do
         shown = lay_out(chosen[:1], place / "shown")
-        # a training by the recipe; how the start was trained decides its rim alone
+        # these two load_model leaves as the start was trained; the recipe's count here
         recipe = {k: v for k, v in self.task.given.items() if k in ("crop_size", "image_size")}
         values = dataclasses.asdict(self.start.config) | recipe
         values |= {f"train_{key}": value for key, value in folders.items()}
