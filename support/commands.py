@@ -41,7 +41,15 @@ settings: in the JSON file of --config, as --set KEY=VALUE, or as --KEY VALUE
 # the options that a mode takes beside --config and --set
 TAKES: dict[str, tuple[str, ...]] = {"train": ("resume",), "evaluate": ("checkpoint",)}
 TAKES |= {"enhance": ("checkpoint", "input", "output")}
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+WEIGHTS = ("released", "fast")  # of it, by name; fast: a small copy, for clips and previews
 UNSCORED = ("exposure", "strength", "reference")  # what a user adds to an enhanced picture
+
+
+def shipped(name: str) -> str:
+    """The path of the shipped weights called `name`; of all else, and where a file is called so,
+    `name` as it is."""
+    return str(SHIPPED / f"{name}.pth") if name in WEIGHTS and not Path(name).exists() else name
 
 
 def parser_of(
@@ -61,7 +69,8 @@ def parser_of(
     add("--mode", required=True, choices=list(modes))
     add("--config", metavar="FILE", help="JSON file with any of the keys below")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="one key; repeatable")
-    add("--checkpoint", metavar="FILE", help=f"weights to use; default: {weights}")
+    names = f"weights to use: a file, or {' or '.join(WEIGHTS)}; default: {weights}"
+    add("--checkpoint", metavar="FILE", type=shipped, help=names)
     add("--resume", metavar="FILE", help="train: the checkpoint, or its folder, to go on from")
     add("--input", metavar="FILE", help="enhance: a picture, a folder, or a pattern in quotes")
     add("--output", metavar="FILE", help="enhance: the picture (its suffix counts) or a folder")

@@ -27,7 +27,7 @@ from repository import ROOT, load_any
 
 import model_script as ms
 from support import checkpoints, files, known, settings
-from support.commands import run
+from support.commands import run, shipped
 from support.pairs import Pair, PairStore, find_pairs
 from support.scenes import find_scenes
 from support.settings import OneLineParser, UserError
@@ -56,7 +56,8 @@ def read_command_line(argv: Sequence[str] | None) -> Task:
     parser.add_argument("--low", required=True, help="folder of dark photographs")
     parser.add_argument("--high", required=True, help="their targets, paired by file stem")
     parser.add_argument("--output", required=True, help="the adapted network, a .pth")
-    parser.add_argument("--checkpoint", default=str(ms.RELEASED), help="what to start from")
+    weights = "what to start from: a file, or released (the default) or fast"
+    parser.add_argument("--checkpoint", type=shipped, default=str(ms.RELEASED), help=weights)
     parser.add_argument("--config", default=str(ROOT / "configs" / "adapt.json"), help="recipe")
     parser.add_argument("--folds", type=int, default=3, help="at most so many (default 3)")
     parser.add_argument("--minutes", type=float, default=9.0, help="of all trainings together")

@@ -28,7 +28,7 @@ from temporal import Steady
 from tqdm import tqdm
 
 import model_script as ms
-from support.commands import run
+from support.commands import run, shipped
 from support.decoding import VIDEO_SUFFIXES, read_image
 from support.files import atomic_path
 from support.folders import find_jobs, means_many, work_off
@@ -208,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, key = parser.add_argument, "a key, as in model_script.py; repeatable"
     add("--input", metavar="FILE", required=True, help="a clip, a folder, or a pattern in quotes")
     add("--output", metavar="FILE", required=True, help="the clip (its suffix counts) or a folder")
-    add("--checkpoint", metavar="FILE", default=str(ms.RELEASED), help="default: released weights")
+    weights = "a file, or released (the default) or fast"
+    add("--checkpoint", metavar="FILE", type=shipped, default=str(ms.RELEASED), help=weights)
     add("--per_frame", action="store_true", help="do not average the noise of what stands still")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help=key)
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import model_script as ms
 from support.cameras import CAMERAS
-from support.commands import run
+from support.commands import run, shipped
 from support.files import atomic_path
 from support.settings import OneLineParser, RunError, UserError
 
@@ -215,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", metavar="FILE", required=True, help="the ONNX file")
-    add("--checkpoint", metavar="FILE", default=str(ms.RELEASED), help="default: released weights")
+    weights = "a file, or released (the default) or fast"
+    add("--checkpoint", metavar="FILE", type=shipped, default=str(ms.RELEASED), help=weights)
     add("--camera", choices=CAMERAS, default="ordinary", help="of released weights, which network")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     add("--check", metavar="FOLDER", help="fp16, int8: dark pictures to compare the outputs on")

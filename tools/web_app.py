@@ -22,7 +22,7 @@ from repository import ROOT
 
 import model_script as ms
 from support.checkpoints import load_checkpoint
-from support.commands import run
+from support.commands import run, shipped
 from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
@@ -114,7 +114,8 @@ def main(
         allow_abbrev=False,
     )
     add, many = parser.add_argument, functools.partial(parser.add_argument, action="append")
-    many("--checkpoint", metavar="FILE", default=[], help="weights to offer; repeatable")
+    weights = "weights to offer, a file, or released or fast; repeatable"
+    many("--checkpoint", metavar="FILE", type=shipped, default=[], help=weights)
     here = "address to listen at; the default is this machine alone"
     add("--host", default="127.0.0.1", help=here)
     add("--port", type=bounded(int, 1, 65535), default=8000)
