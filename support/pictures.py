@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -70,6 +71,18 @@ def whole_thumbnail(pixels: np.ndarray, size: int) -> Tensor:
     bands = [to_tensor(pixels[top : top + 256])[None] for top in range(0, len(pixels), 256)]
     narrow = torch.cat([resize(band, (band.shape[-2], size)) for band in bands], dim=-2)
     return resize(narrow, (size, size))
+
+
+def reduce_levels(pixels: np.ndarray, side: int) -> np.ndarray:
+    """uint16 or uint8 (H, W, 3) made smaller by a whole factor, to at most `side`."""
+    factor = math.ceil(max(pixels.shape[:2]) / side)
+    if factor == 1:
+        return pixels
+    channels = [
+        np.asarray(Image.fromarray(pixels[..., c].astype(np.float32)).reduce(factor))
+        for c in range(3)
+    ]
+    return np.rint(np.stack(channels, -1)).astype(pixels.dtype)
 
 
 def encode_picture(pixels: np.ndarray, suffix: str, like: Picture, quality: int = 95) -> bytes:

@@ -31,7 +31,7 @@ from PIL import Image
 import model_script as ms
 from support.checkpoints import save_checkpoint
 from support.decoding import ORIENTATION, Picture, read_picture
-from support.pictures import blend, encode_png16, level_table
+from support.pictures import blend, encode_png16, level_table, reduce_levels
 
 pytest.importorskip("flask", reason="the optional package flask is not installed")
 pytest.importorskip("waitress", reason="the optional package waitress is not installed")
@@ -555,6 +555,129 @@ def test_work_is_cancelled_after_a_tile_and_told_by_tiles(
     studio.load.cache_clear()
 
 
+# drafts -------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Stands in for the enhancement: drafts are made, and results when the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate, self.sizes, self.enhance = threading.Event(), list[Any](), ms.enhance_pixels
+
+    def __call__(self, model: Any, pixels: np.ndarray, *given: Any, **more: Any) -> ms.Enhanced:
+        self.sizes.append(pixels.shape[:2])
+        if "progress" in more:  # not of a draft
+            assert self.gate.wait(60)
+        return self.enhance(model, pixels, *given, **more)
+
+
+@contextmanager
+def drafting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[rooms.Studio, Held]]:
+    """A studio of released weights and others, where fast ones are there, too."""
+    paths = [write_checkpoint(folder.resolve() / f"{seed}.pth", seed) for seed in (1, 2, 3)]
+    held = Held()
+    monkeypatch.setattr(ms, "RELEASED", paths[0])
+    monkeypatch.setattr(rooms, "FAST", paths[2])
+    monkeypatch.setattr(ms, "enhance_pixels", held)
+    studio = rooms.Studio(paths[:2], {"device": "cpu"}, megapixels=1)
+    try:
+        yield studio, held
+    finally:
+        held.gate.set()
+        studio.close()
+
+
+@pytest.fixture
+def drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, rooms.Studio, Held]]:
+    monkeypatch.setattr(rooms, "DRAFT_SIDE", 24)
+    monkeypatch.setattr(rooms, "DRAFT_FROM", LOW[..., 0].size)
+    with drafting(tmp_path, monkeypatch) as (studio, held):
+        yield web_page.make_app(studio, megabytes=2).test_client(), studio, held
+
+
+def test_a_draft_comes_before_the_result_and_goes_with_it(
+    drafts: tuple[Any, rooms.Studio, Held],
+) -> None:
+    client, studio, held = drafts
+    answer = upload(client, encoded(LOW))
+    job = studio.jobs[name := answer.get_json()["job"]]
+    ends = time.monotonic() + 60
+    while not (info := client.get(f"/jobs/{name}").get_json()).get("draft"):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert (info["state"], info["width"], info["height"]) == ("working", 48, 40)
+    assert client.get(f"/jobs/{name}/enhanced").status_code == 409
+    low, fast = reduce_levels(LOW, 24), studio.fast
+    levels = held.enhance(fast.model, low, fast.use, fast.runtime).best
+    assert low.shape == (20, 24, 3) and job.size == len(job.data) + sum(
+        array.nbytes for array in (LOW, low, levels)
+    )
+    for values in ({}, {"exposure": 1.0, "strength": 0.5}, {"strength": 0.0}):
+        shown = web_results.finished(low, levels, web_page.NEUTRAL | values, False)
+        found = client.get(f"/jobs/{name}/draft", query_string=values)
+        assert found.mimetype == "image/jpeg" and found.data == web_results.encode_view(shown)
+    assert pixels_of(client.get(f"/jobs/{name}/draft?side=16&denoise=1")).shape[1] == 16
+    assert client.get(f"/jobs/{name}/draft?exposure=much").status_code == 400
+    held.gate.set()
+    info = wait(client, answer)[1]
+    assert info["state"] == "done" and not info["draft"] and held.sizes == [(20, 24), (40, 48)]
+    assert client.get(f"/jobs/{name}/draft").status_code == 404 and job.draft is None
+    assert pixels_of(client.get(f"/jobs/{name}/enhanced")).shape == LOW.shape
+
+
+@pytest.mark.parametrize("why", ["other weights", "small", "no fast weights", "broken ones"])
+def test_where_there_is_no_draft(why: str, drafts: tuple[Any, rooms.Studio, Held]) -> None:
+    client, studio, held = drafts
+    if why == "no fast weights":
+        rooms.FAST.unlink()
+    elif why == "broken ones":
+        rooms.FAST.write_text("no weights")
+    held.gate.set()
+    data = encoded(LOW[:-1] if why == "small" else LOW)
+    info = wait(client, upload(client, data, model=list(studio.models)[why == "other weights"]))[1]
+    assert info["state"] == "done" and len(held.sizes) == 1
+
+
+@pytest.mark.parametrize("broken", ["the network", "the reduction"])
+def test_a_draft_that_fails_harms_nothing(
+    broken: str, drafts: tuple[Any, rooms.Studio, Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _, held = drafts
+
+    def fail(*given: Any, **more: Any) -> Any:
+        if "progress" in more:
+            return held(*given, **more)
+        raise MemoryError
+
+    place, name = (ms, "enhance_pixels") if broken == "the network" else (rooms, "reduce_levels")
+    monkeypatch.setattr(place, name, fail)
+    held.gate.set()
+    job, info = wait(client, upload(client, encoded(LOW)))
+    assert info["state"] == "done" and held.sizes == [(40, 48)]
+    assert pixels_of(client.get(f"/jobs/{job}/enhanced")).shape == LOW.shape
+
+
+def test_what_is_cancelled_while_its_draft_is_made_ends_with_it(
+    drafts: tuple[Any, rooms.Studio, Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, studio, held = drafts
+
+    def cancel(*given: Any, **more: Any) -> ms.Enhanced:
+        for job in studio.jobs.values():
+            studio.cancel(job)
+        return held(*given, **more)
+
+    monkeypatch.setattr(ms, "enhance_pixels", cancel)
+    job = studio.jobs[upload(client, encoded(LOW)).get_json()["job"]]
+    ends = time.monotonic() + 60
+    while job.state not in rooms.OVER or job.draft:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert job.state == "cancelled" and job.size == 0 and held.sizes == [(20, 24)]
+
+
 # the command line ---------------------------------------------------------------------------------
 
 
@@ -598,6 +721,7 @@ def test_it_listens_to_this_machine_alone_by_default(
     (tmp_path / "checkpoints" / "old").mkdir(parents=True)
     write_checkpoint(tmp_path / "checkpoints" / "best_model.pth", 1)
     write_checkpoint(tmp_path / "checkpoints" / "released.pth", 3)
+    write_checkpoint(tmp_path / "checkpoints" / "fast.pth", 4)
     write_checkpoint(tmp_path / "checkpoints" / "old" / "a.pth", 2)
     (tmp_path / "checkpoints" / "broken.pth").write_text("no weights")
     monkeypatch.setattr(web_app, "ROOT", tmp_path)
@@ -612,7 +736,8 @@ def test_it_listens_to_this_machine_alone_by_default(
     # what slow readers of small answers can hold
     assert seen["outbuf_overflow"] * seen["connection_limit"] < 2**30
     page = seen["app"].test_client().get("/").get_data(as_text=True)
-    order = [page.index(f"checkpoints/{name}.pth") for name in ("released", "best_model", "old/a")]
+    names = ("released", "fast", "best_model", "old/a")
+    order = [page.index(f"checkpoints/{name}.pth") for name in names]
     assert order == sorted(order) and "broken.pth" not in page
 
 

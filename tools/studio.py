@@ -24,12 +24,17 @@ import numpy as np
 from repository import ROOT, load_any
 
 import model_script as ms
+from support.commands import SHIPPED
 from support.decoding import Picture, opened, read_picture
+from support.pictures import reduce_levels
 from support.settings import UserError
 
 KEEP_BYTES, KEEP_SECONDS, LONGEST_QUEUE = 2**29, 900, 32
 # of the eight threads, so many make full-size pictures or wait to: one for each model, side by side
 WHOLE_TOGETHER = 2
+FAST = SHIPPED / "fast.pth"  # what drafts are made with
+# the longest side of a draft; of fewer pixels the result itself is soon there
+DRAFT_SIDE, DRAFT_FROM = 800, 150_000
 ALTERNATIVES = 4  # the most that one upload may ask for
 PENDING, OVER = ("waiting", "working"), ("done", "failed", "cancelled")
 EXAMPLE = "example"  # no secret's length: no upload has this name
@@ -61,6 +66,7 @@ class Job:
     format: str = "PNG"  # of the upload
     quality: int = 95  # of a JPEG or WebP
     picture: Picture | None = None
+    draft: tuple[np.ndarray, np.ndarray] | None = None  # while at work: input and answer, reduced
     enhanced: ms.Enhanced | None = None
     reduced: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # for small views
     calm: dict[str, tuple[float, np.ndarray]] = dataclasses.field(
@@ -77,7 +83,8 @@ class Job:
             if self.enhanced
             else []
         )
-        arrays += [*self.reduced.values(), *(levels for _, levels in self.calm.values())]
+        arrays += [*(self.draft or ()), *self.reduced.values()]
+        arrays += [*(levels for _, levels in self.calm.values())]
         return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
 
     def progress(self, done: int, total: int) -> None:
@@ -127,6 +134,11 @@ class Studio:
     def _load(self, label: str) -> ms.Loaded:
         # not what the checkpoint holds beside the weights, which may be large
         return load_any(str(self.models[label]), self.settings)._replace(checkpoint={})
+
+    @functools.cached_property
+    def fast(self) -> ms.Loaded:
+        """The weights that drafts are made with. Raises UserError where they are not there."""
+        return load_any(str(FAST), self.settings)._replace(checkpoint={})
 
     def submit(
         self, data: bytes, model: str, samples: int, uncertainty: bool, called: str = ""
@@ -246,10 +258,14 @@ class Studio:
             kind = type(error).__name__
             job.message, state = f"this picture cannot be enhanced ({kind}); try another", "failed"
         job.data, job.used, job.state = b"", time.monotonic(), state
+        job.draft = None  # at last: until the state tells of an end, the page shows it
 
     def _do(self, job: Job) -> None:
         started = time.perf_counter()
         job.picture = read_picture(io.BytesIO(job.data))
+        with contextlib.suppress(Exception):  # the result does not depend on it
+            job.draft = self._draft(job.model, job.picture.pixels)
+        job.progress(0, 0)  # whether it is still wanted
         loaded = self.load(job.model)
         model, _ = loaded.choose(job.picture.pixels)
         # the page's slider denoises what is shown
@@ -260,3 +276,12 @@ class Studio:
         pixels, runtime, job.quality = job.picture.pixels, loaded.runtime, wanted.quality
         job.enhanced = ms.enhance_pixels(model, pixels, wanted, runtime, progress=job.progress)
         job.seconds = time.perf_counter() - started
+
+    def _draft(self, model: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """(the pixels reduced, the fast weights' answer to them); None where `model` is not the
+        released weights, whose copy these are, or where it is quick itself."""
+        if self.models[model].resolve() != ms.RELEASED or pixels[..., 0].size < DRAFT_FROM:
+            return None
+        low, fast = reduce_levels(pixels, DRAFT_SIDE), self.fast
+        use, (network, _) = dataclasses.replace(fast.use, denoise=0.0), fast.choose(low)
+        return low, ms.enhance_pixels(network, low, use, fast.runtime).best

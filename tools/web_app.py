@@ -22,7 +22,7 @@ from repository import ROOT
 
 import model_script as ms
 from support.checkpoints import load_checkpoint
-from support.commands import run, shipped
+from support.commands import WEIGHTS, run, shipped
 from support.settings import OneLineParser, UserError, complain, read_all
 
 try:
@@ -42,13 +42,13 @@ ASKED = ("samples", "uncertainty")  # by each visitor, not on the command line
 
 
 def find_checkpoints(given: Sequence[str]) -> list[Path]:
-    """Those given, or every *.pth under checkpoints/ that holds a model, the released weights and
+    """Those given, or every *.pth under checkpoints/ that holds a model, the shipped weights and
     best_model.pth first. Raises UserError for none."""
     if given:
         for name in given:
             load_checkpoint(name)
         return [Path(name) for name in given]
-    first = [ROOT / "checkpoints" / ms.RELEASED.name, ROOT / "checkpoints" / "best_model.pth"]
+    first = [ROOT / "checkpoints" / f"{name}.pth" for name in (*WEIGHTS, "best_model")]
     there = sorted((ROOT / "checkpoints").rglob("*.pth"))
     found: list[Path] = []
     for path in sorted(there, key=lambda path: first.index(path) if path in first else len(first)):

@@ -53,6 +53,12 @@ def slider_values(given: Any) -> dict[str, float]:
     }
 
 
+def longest_side(given: Any) -> int:
+    """How many pixels a side a view may have, by a request's arguments."""
+    most = results.LARGEST_VIEW
+    return int(number(given.get("side", most), "side", 16, most))
+
+
 def refuse_strangers() -> None:
     """Ends a request that another site's page sends."""
     origin = flask.request.headers.get("Origin")
@@ -62,13 +68,16 @@ def refuse_strangers() -> None:
 
 def facts(job: Job, before: int) -> dict[str, Any]:
     """What the page is told of a job; `before` are those that come first."""
+    drafted = job.draft is not None  # before the state, which where it is gone tells of an end
     found: dict[str, Any] = {"state": job.state, "message": job.message, "before": before}
     found |= {"seconds": round(job.seconds, 2), "tiles": job.tiles, "model": job.model}
     picture, enhanced = job.picture, job.enhanced
-    if picture is not None and enhanced is not None:
+    if picture is not None:
         height, width = picture.pixels.shape[:2]
+        found |= {"width": width, "height": height, "draft": drafted}
+    if picture is not None and enhanced is not None:
         mean = None if enhanced.deviation is None else round(float(enhanced.deviation.mean()), 5)
-        found |= {"width": width, "height": height, "samples": len(enhanced.samples)}
+        found |= {"samples": len(enhanced.samples)}
         found |= {"files": {what: results.file_name(job, what) for what in results.answers(job)}}
         strange = UNLIKE if job.known is False else ""
         found |= {"notes": [note for note in (picture.note, strange) if note], "deviation": mean}
@@ -163,15 +172,22 @@ def add_results(app: flask.Flask, studio: Studio) -> None:
         studio.cancel(job)
         return flask.jsonify(state=job.state)
 
+    @app.get("/jobs/<name>/draft")
+    def draft(name: str) -> flask.Response:
+        """What the fast weights make of the picture, while there is no result."""
+        made, asked = find(name).draft, flask.request.args
+        if made is None:
+            return say(404, "there is no draft")
+        values, side = slider_values(asked), longest_side(asked)
+        with studio.turn(False):
+            return image(results.encode_view(results.finished(*made, values, False), side=side))
+
     @app.get("/jobs/<name>/<what>")
     def picture(name: str, what: str) -> flask.Response:
         """A view of at most `side` pixels; `size=full`: of all of them; `full=1`: the file.
         `lossless=1`: a PNG, for the preview to compute with."""
         job, asked = done(name), flask.request.args
-        values = slider_values(asked)
-        side = int(
-            number(asked.get("side", results.LARGEST_VIEW), "side", 16, results.LARGEST_VIEW)
-        )
+        values, side = slider_values(asked), longest_side(asked)
         assert job.picture is not None and job.enhanced is not None
         known = {"low", *results.answers(job)}
         known |= set() if job.enhanced.deviation is None else {"uncertainty"}

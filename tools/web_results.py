@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import math
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +25,7 @@ from support.pictures import (
     heat_map,
     level_table,
     linear_to_srgb,
+    reduce_levels,
     srgb_to_linear,
 )
 from support.settings import build
@@ -93,18 +93,6 @@ def whole(job: Job, what: str, values: Mapping[str, float]) -> bytes:
     levels = calmed(answers(job)[what], values["denoise"])
     pixels = finished(job.picture.pixels, levels, values, deep)
     return encode_or_explain(pixels, Path(file_name(job, what)), job.picture, job.quality)
-
-
-def reduce_levels(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint16 or uint8 (H, W, 3) made smaller by a whole factor, to at most `side`."""
-    factor = math.ceil(max(pixels.shape[:2]) / side)
-    if factor == 1:
-        return pixels
-    channels = [
-        np.asarray(Image.fromarray(pixels[..., c].astype(np.float32)).reduce(factor))
-        for c in range(3)
-    ]
-    return np.rint(np.stack(channels, -1)).astype(pixels.dtype)
 
 
 def small(job: Job, what: str, side: int) -> np.ndarray:
