@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
 )
 
-from test_web import write_checkpoint  # noqa: E402
+from studio import Job  # noqa: E402
+from test_web import Held, drafting, served, write_checkpoint  # noqa: E402
 
 QUIET = [
     "--no-sandbox",
@@ -170,6 +171,15 @@ def states(page: Any) -> list[str]:
 
 def box(page: Any, selector: str) -> dict[str, float]:
     return page.locator(selector).bounding_box()
+
+
+def apart(page: Any, one: str, other: str) -> bool:
+    """Whether neither covers any of the other."""
+    a, b = box(page, one), box(page, other)
+    return any(
+        min(a[start] + a[length], b[start] + b[length]) <= max(a[start], b[start])
+        for start, length in (("x", "width"), ("y", "height"))
+    )
 
 
 def inside_window(page: Any, selector: str) -> bool:
@@ -563,6 +573,88 @@ def test_a_forgotten_result_is_made_again(page: Any, low: Path) -> None:
     soon(page, f"doneRun(current)?.job && doneRun(current).job !== '{lost}'")
     finished(page)
     assert download(page)[0] == "night_enhanced.png"
+
+
+# drafts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Held]]:
+    """The address of a page with fast weights, and what holds the large network up."""
+    with drafting(tmp_path, monkeypatch) as (studio, held), served(studio) as port:
+        studio.example = Job(b"", "", 0, False, state="failed")  # it would be held up first
+        yield f"http://127.0.0.1:{port}/", held
+
+
+DRAFTED = "revealed && $('right-tag').textContent === 'Draft'"
+
+
+@pytest.mark.parametrize("size", ["laptop", "phone"])
+def test_a_draft_stands_in_until_the_result_takes_its_place(
+    browser: Any, drafts: tuple[str, Held], tmp_path: Path, size: str
+) -> None:
+    address, held = drafts
+    path = save_picture(tmp_path / "night.png", dark_picture(target_picture(2, 700, 1000)))
+    with opened_page(browser, address, size) as page:
+        choose(page, path, path)
+        soon(page, DRAFTED)
+        assert page.evaluate("[view.width, view.height, view.fitted]") == [1000, 700, True]
+        assert page.eval_on_selector("#after", "image => image.naturalWidth") == 500
+        for selector in ("#after", "#right-tag", "#progress", "#cancel"):
+            assert page.is_visible(selector) and inside_window(page, selector), selector
+        assert page.inner_text("#doing") == "Enhancing" and page.is_hidden("#download")
+        assert page.inner_text("#status") == "" and states(page)[0] == "night.png: working"
+        assert "/draft?" in page.get_attribute("#thumbs img >> nth=0", "src")
+        screenshot(page, f"draft_{size}")
+        set_slider(page, "exposure", 1)
+        soon(page, "$('after').src.includes('exposure=1') && $('after').src.includes('/draft')")
+        page.evaluate("zoomTo(1.3, 100, 120)")
+        assert all(apart(page, tag, "#progress") for tag in ("#left-tag", "#right-tag"))
+        screenshot(page, f"draft_zoomed_{size}")
+        place = page.evaluate("({ ...view })")
+        page.evaluate(
+            "window.gaps = 0; (function look() {"
+            " const bare = viewport.classList.contains('single') || $('after').hidden;"
+            " gaps += bare || !$('after').complete || !previews.after.canvas.hidden;"
+            " requestAnimationFrame(look); })()"
+        )
+        held.gate.set()
+        finished(page)
+        assert page.evaluate("({ ...view })") == place and page.evaluate("gaps") == 0
+        assert page.eval_on_selector("#after", "image => image.naturalWidth") == 1000
+        assert page.inner_text("#right-tag") == "Enhanced" and page.is_visible("#download")
+        assert page.inner_text("#status") == "night.png: enhanced"
+        screenshot(page, f"draft_done_{size}")
+
+
+def test_a_file_that_the_browser_cannot_show_is_seen_with_its_draft(
+    browser: Any, drafts: tuple[str, Held], tmp_path: Path
+) -> None:
+    low = dark_picture(target_picture(2, 400, 600))
+    Image.fromarray(low).save(tmp_path / "scan.tiff")
+    with opened_page(browser, drafts[0]) as page:
+        choose(page, tmp_path / "scan.tiff")
+        soon(page, DRAFTED)
+        assert page.is_visible("#before") and page.is_visible("#after")
+        assert np.abs(pixels_shown(page, "#before") - low).mean() < 4
+        page.click("#cancel")
+        soon(page, "revealed && viewport.classList.contains('nothing')")
+        assert "cancelled" in page.inner_text("#message")
+
+
+def test_a_draft_that_is_gone_is_not_missed(
+    browser: Any, drafts: tuple[str, Held], tmp_path: Path
+) -> None:
+    address, held = drafts
+    with opened_page(browser, address) as page:
+        page.route("**/draft?**", lambda route: route.fulfill(status=404, body="{}"))
+        choose(page, save_picture(tmp_path / "p.png", dark_picture(target_picture(2, 400, 600))))
+        soon(page, "draftRun(current)")
+        time.sleep(1)
+        assert page.is_hidden("#after") and page.is_visible("#before")
+        held.gate.set()
+        finished(page)
+        assert page.inner_text("#right-tag") == "Enhanced" and page.is_hidden("#notice")
 
 
 # downloads ----------------------------------------------------------------------------------------

@@ -186,7 +186,9 @@ function makeThumb(item) {
 
 function renderThumb(item) {
   const state = stateOf(item), run = item.runs.main, image = item.thumb.firstChild;
-  const url = run ? `/jobs/${run.job}/enhanced?side=160&${query(item.settings.values)}` : item.url;
+  const draft = draftRun(item), values = { side: 160, ...item.settings.values };
+  const unfinished = draft ? draftUrl(draft, values) : item.url;
+  const url = run ? `/jobs/${run.job}/enhanced?${query(values)}` : unfinished;
   if (image.dataset.url !== url) image.src = image.dataset.url = url;
   item.thumb.dataset.state = state;
   item.thumb.title = item.name;

@@ -64,6 +64,7 @@ function renderProgress(item) {
   const run = item.busy.main ?? item.busy.left;
   $("progress").hidden = !run;
   viewport.classList.toggle("working", Boolean(run));
+  draw(); // the tags keep clear of it
   if (!run) return;
   const [done, total] = run.tiles, bar = $("tiles");
   const words = { uploading: "Uploading", working: "Enhancing", done: "Enhancing" };
@@ -87,10 +88,19 @@ function viewUrl(run, what, values) {
 const fileUrl = (item, run) =>
   `/jobs/${run.job}/${item.settings.answer}?full=1&${query(item.settings.values)}`;
 
+// Until there is a result: the file itself where the browser can show it, and the draft.
+function sidesAtWork(item) {
+  const run = draftRun(item);
+  if (!run) return { before: item.url, after: "", tags: ["Input", ""] };
+  const before = item.blind ? draftUrl(run, { strength: 0 }) : item.url;
+  const after = draftUrl(run, item.settings.values);
+  return { before, after, tags: ["Input", "Draft"], info: run.info };
+}
+
 // The addresses of the two sides, and what the tags say of them.
 function sides(item) {
   const { settings } = item, run = doneRun(item) ?? item.runs.main;
-  if (!run) return { before: item.url, after: "", tags: ["Input", ""] };
+  if (!run) return sidesAtWork(item);
   const ready = doneRun(item), answer = ready ? settings.answer : "enhanced";
   const left = doneRun(item, "left");
   const before = left ? viewUrl(left, "enhanced", settings.values) : viewUrl(run, "low", {});
@@ -98,7 +108,8 @@ function sides(item) {
   const name = answer === "enhanced" ? "Enhanced" : `Enhanced, ${number}`;
   const tags = left ? [short(left.model), short(run.model)] : ["Input", name];
   const heat = ready && settings.uncertain ? `/jobs/${run.job}/uncertainty` : "";
-  return { before, after: viewUrl(run, answer, settings.values), tags, heat, run, left, answer };
+  const after = viewUrl(run, answer, settings.values);
+  return { before, after, tags, heat, run, left, answer, info: run.info };
 }
 
 const keyOf = (item, want) => [item.url, want.before, want.after, want.heat].join(" ");
@@ -119,9 +130,10 @@ async function paint() {
   if (want.heat) loads.push(swap("heat", want.heat));
   const arrived = await Promise.all(loads);
   if (painted !== key) return;
-  if (want.run && arrived.includes(false)) {
+  if (want.after && arrived.includes(false)) {
     painted = "";
-    renew(item).then((lost) => lost && say(["a result was no longer kept; it is made again"]));
+    if (!want.run) item.blind ||= !arrived[0]; // a draft, which the next news of it paint again
+    else renew(item).then((lost) => lost && say(["a result was no longer kept; it is made again"]));
     return;
   }
   revealed = key;
@@ -141,7 +153,7 @@ function reveal(item, want, visibleAlone) {
   $("after").hidden = !want.after;
   $("heat").hidden = !want.heat;
   [$("left-tag").textContent, $("right-tag").textContent] = want.tags;
-  if (want.run) setSize(want.run.info.width, want.run.info.height);
+  if (want.info) setSize(want.info.width, want.info.height);
   else if (visibleAlone) setSize($("before").naturalWidth, $("before").naturalHeight);
   speak();
   if (!want.run) return;

@@ -68,6 +68,11 @@ const doneRun = (item, role = "main") => {
   return need && serves(run, need) ? run : null;
 };
 
+// The run whose draft stands in for the result while there is none.
+const draftRun = ({ runs, busy }) => (!runs.main && busy.main?.info?.draft ? busy.main : null);
+
+const draftUrl = (run, values) => `/jobs/${run.job}/draft?${query(values)}`;
+
 // Start what the picture's settings need and is neither there nor on its way; stop all else.
 function ensure(item) {
   for (const role of ROLES) {
@@ -155,11 +160,8 @@ async function follow(run) {
     if (run.dropped) return;
     if (info.state === "failed") throw Object.assign(new Error(info.message), { status: 400 });
     if (info.state === "cancelled") throw new Error("cancelled at the server; enhance it again");
-    Object.assign(run, { state: info.state, tiles: info.tiles, before: info.before });
-    if (info.state === "done") {
-      run.info = info;
-      return;
-    }
+    Object.assign(run, { state: info.state, tiles: info.tiles, before: info.before, info });
+    if (info.state === "done") return;
     onChange.item(run.item);
     await pause(POLL);
   }

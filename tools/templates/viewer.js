@@ -57,12 +57,14 @@ function drawBar(width) {
   bar.height = `${seen.bottom - seen.top}px`;
   split.style.left = `${place}px`;
   $("caption").style.top = `${seen.bottom + 18}px`;
-  const below = `${viewport.clientHeight - seen.bottom + 10}px`;
+  const work = $("progress");
   for (const [tag, room, side, gap] of [
     [$("left-tag"), place - seen.left, "left", seen.left],
     [$("right-tag"), seen.right - place, "right", viewport.clientWidth - seen.right],
   ]) {
-    tag.style.bottom = below;
+    const hidden = work.offsetHeight && work.offsetLeft < gap + 10 + tag.offsetWidth;
+    const least = hidden ? work.offsetTop : viewport.clientHeight;
+    tag.style.bottom = `${viewport.clientHeight - Math.min(seen.bottom, least) + 10}px`;
     tag.style[side] = `${gap + 10}px`;
     tag.classList.toggle("gone", room < tag.offsetWidth + 34);
   }
@@ -113,7 +115,8 @@ function swap(id, url, tries = 3) {
       resolve(wanted);
     };
     image.onerror = () => {
-      if (latest.get(id) !== url || tries <= 1) return resolve(false);
+      const hopeless = tries <= 1 || url.startsWith("blob:");
+      if (latest.get(id) !== url || hopeless) return resolve(false);
       setTimeout(() => swap(id, url, tries - 1).then(resolve), 700);
     };
     image.src = url;
