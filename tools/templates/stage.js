@@ -132,7 +132,7 @@ async function paint() {
   if (painted !== key) return;
   if (want.after && arrived.includes(false)) {
     painted = "";
-    if (!want.run) item.blind ||= !arrived[0]; // a draft, which the next news of it paint again
+    if (!want.run) item.blind ||= !arrived[0]; // a draft: the next poll paints again
     else renew(item).then((lost) => lost && say(["a result was no longer kept; it is made again"]));
     return;
   }
