@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.ndimage import convolve
 
 from support.metrics import GREY, check_range, colourfulness
 
@@ -47,6 +46,8 @@ def noise_flat(image: np.ndarray) -> float:
     same mean grey. Blocks with a mean grey outside [16, 240] of 255 are left out, as noise is
     clipped there, unless there are no others. Both sides of the picture are at least 16.
     """
+    from scipy.ndimage import convolve  # seldom wanted, and slow to import
+
     grey = blocks_of((image @ GREY)[..., None], CELL).mean((2, 3))  # of the cells
     cells = blocks_of(grey, BLOCK // CELL)
     spread, level = cells.std((2, 3)).ravel(), cells.mean((2, 3)).ravel() * 255

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from support.settings import UserError
@@ -19,6 +18,8 @@ def find_scenes(thumbnails: np.ndarray, similarity: float) -> list[list[int]]:
     Alike means a Pearson correlation of at least `similarity`; it ignores exposure, which differs
     between takes.
     """
+    from scipy.sparse.csgraph import connected_components  # seldom wanted, and slow to import
+
     with np.errstate(invalid="ignore"):  # a picture of one colour correlates with nothing: NaN
         correlation = np.corrcoef(thumbnails.reshape(len(thumbnails), -1))
     alike = np.atleast_2d(correlation) >= similarity
