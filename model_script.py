@@ -1076,7 +1076,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = system(config)
         if config.init_from and not resume:
-            weights = checkpoints.starting_weights(config.init_from, use.camera)
+            weights = checkpoints.starting_weights(config.init_from, use.camera, config.teacher)
             checkpoints.load_weights(model, weights, config.init_from)
         self.model = self.runtime.place(model)
         self.ema = averaged_model(self.model, config.ema_decay)

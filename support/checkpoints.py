@@ -195,11 +195,13 @@ def camera_parts(checkpoint: dict[str, Any], path: str) -> tuple[dict[str, Any],
     return checkpoint | {"model": found["infrared"]}, net
 
 
-def starting_weights(path: str, camera: str) -> dict[str, Any]:
+def starting_weights(path: str, camera: str, teacher: str = "") -> dict[str, Any]:
     """The checkpoint that a new training starts from; of two networks that of `camera`, where auto
-    means the ordinary one. Raises UserError."""
+    means the ordinary one. Raises UserError for a `camera` of one, unless a `teacher` has it."""
     checkpoint = load_checkpoint(path)
-    if camera != "auto" and "cameras" not in checkpoint:
+    if "cameras" not in checkpoint:
+        if camera == "auto" or teacher:
+            return checkpoint
         raise UserError(f"camera: {path} holds one network; leave it out")
     return camera_parts(checkpoint, path)[0] if camera == "infrared" else checkpoint
 

@@ -158,6 +158,8 @@ def test_one_network_is_no_start_for_a_camera(tmp_path: Path) -> None:
     assert starting_weights(str(tmp_path / "one.pth"), "auto")["model"].keys()
     with pytest.raises(UserError, match="one network"):
         starting_weights(str(tmp_path / "one.pth"), "infrared")
+    # the camera may be the teacher's
+    assert starting_weights(str(tmp_path / "one.pth"), "infrared", "two.pth")["model"].keys()
 
 
 def test_a_training_starts_from_the_network_of_its_camera(tmp_path: Path) -> None:
