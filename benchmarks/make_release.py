@@ -38,7 +38,7 @@ from support.cameras import (  # noqa: E402
     camera_of,
     small_thumbnail,
 )
-from support.checkpoints import RETIRED, load_checkpoint, save_checkpoint  # noqa: E402
+from support.checkpoints import RETIRED, camera_parts, load_checkpoint, save_checkpoint  # noqa: E402
 from support.decoding import read_image  # noqa: E402
 from support.pairs import pictures_by_stem  # noqa: E402
 from support.settings import UserError, complain  # noqa: E402
@@ -51,6 +51,7 @@ INFRARED, STEP, STEPS, RATE, TINT = 16, 64, 3000, 3e-3, 0.3
 # Added to the log-odds: half-way between the held-out infrared pictures, the lowest of which has
 # -0.1, and the held-out ones of LOL and SICE, the highest of which has -2.5.
 SHIFT = 1.2
+FOLDERS = ("infrared_pictures", "ordinary_pictures", "darken", "check", "known", "known_darkened")
 
 
 def thumbnails_of(folder: str, darken: bool = False) -> Tensor:
@@ -126,7 +127,7 @@ def pack(ordinary: str, infrared: str, camera_net: dict[str, Tensor]) -> dict[st
     looks |= {"validation_thumbnails": joined(chose, "validation_thumbnails")} if chose else {}
     # where the data lay is of no use elsewhere
     stored = {k: v for k, v in parts[0]["config"].items() if k not in RETIRED}
-    config = stored | {"sources": [], "init_from": ""}
+    config = stored | {"sources": [], "init_from": "", "teacher": ""}
     config |= {key: "" for key in config if key.endswith(("_low_dir", "_high_dir"))}
     config |= {"checkpoint_dir": "checkpoints", "log_dir": "logs", "seed": 0}
     return {
@@ -141,6 +142,33 @@ def pack(ordinary: str, infrared: str, camera_net: dict[str, Tensor]) -> dict[st
     }
 
 
+def camera_weights(arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """The small network, from the named folders. Raises UserError."""
+    infrared = [thumbnails_of(folder) for folder in arguments.infrared_pictures]
+    ordinary = [thumbnails_of(folder) for folder in arguments.ordinary_pictures]
+    ordinary += [thumbnails_of(folder, darken=True) for folder in arguments.darken]
+    if not infrared or not ordinary:
+        hint = "--infrared_pictures, and --ordinary_pictures or --darken; or --like"
+        raise UserError(f"name {hint}")
+    return train_camera_net(torch.cat(infrared), ordinary)
+
+
+def content_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is written. Raises UserError."""
+    if arguments.like:
+        if any(getattr(arguments, name) for name in FOLDERS if name != "check"):
+            raise UserError("--like takes the place of the folders; leave one of the two out")
+        like = load_checkpoint(arguments.like)
+        weights = half(camera_parts(like, arguments.like)[1].state_dict())
+        content = pack(arguments.ordinary, arguments.infrared, weights)
+        content.pop("validation_thumbnails", None)  # a fortieth of a small file
+        return content | {"known": like["known"] | {"looks": like["known"]["looks"].half()}}
+    content = pack(arguments.ordinary, arguments.infrared, camera_weights(arguments))
+    if arguments.known:
+        content["known"] = looks_of(arguments.known, arguments.known_darkened)
+    return content
+
+
 def main() -> int:
     """Fit, check and write."""
     parser = argparse.ArgumentParser(
@@ -149,25 +177,17 @@ def main() -> int:
     parser.add_argument("--ordinary", required=True)
     parser.add_argument("--infrared", required=True)
     parser.add_argument("--out", required=True)
-    names = ("infrared_pictures", "ordinary_pictures", "darken", "check", "known")
-    for name in (*names, "known_darkened"):
+    parser.add_argument("--like", metavar="RELEASE", default="")
+    for name in FOLDERS:
         parser.add_argument(f"--{name}", action="append", default=[], metavar="FOLDER")
     arguments = parser.parse_args()
     try:
-        infrared = [thumbnails_of(folder) for folder in arguments.infrared_pictures]
-        ordinary = [thumbnails_of(folder) for folder in arguments.ordinary_pictures]
-        ordinary += [thumbnails_of(folder, darken=True) for folder in arguments.darken]
-        if not infrared or not ordinary:
-            raise UserError("name --infrared_pictures, and --ordinary_pictures or --darken")
-        weights = train_camera_net(torch.cat(infrared), ordinary)
-        net = build_camera_net(weights, arguments.out)
+        content = content_of(arguments)
+        net = build_camera_net(content["cameras"]["camera_net"], arguments.out)
         for folder in arguments.check:
             files = pictures_by_stem(folder, "check").values()
             cameras = [camera_of(read_image(path), net) for path in files]
             print(f"{folder}: {cameras.count('infrared')} of {len(cameras)} infrared")
-        content = pack(arguments.ordinary, arguments.infrared, weights)
-        if arguments.known:
-            content["known"] = looks_of(arguments.known, arguments.known_darkened)
         save_checkpoint(Path(arguments.out), content)
     except UserError as error:
         return complain(error)

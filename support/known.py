@@ -143,7 +143,7 @@ def extended(stored: Any, looks: np.ndarray, scenes: np.ndarray) -> dict[str, Te
     if not sound(stored):
         return fitted(looks, scenes)
     first = int(stored["scenes"].max()) + 1
-    both = np.concatenate([stored["looks"].numpy(), looks])
+    both = np.concatenate([stored["looks"].float().numpy(), looks])
     numbers = np.concatenate([stored["scenes"].numpy(), first + scenes])
     return fitted(both, numbers, own=len(looks))
 
@@ -156,7 +156,8 @@ def sound(stored: Any) -> bool:
     if not all(isinstance(part, Tensor) and part.is_contiguous() for part in stored.values()):
         return False
     shapes = looks.ndim == 2 and looks.shape[1:] == (LENGTH,) and limit.ndim == 0
-    kinds = (looks.dtype, scenes.dtype, limit.dtype) == (torch.float32, torch.int32, torch.float32)
+    kinds = (scenes.dtype, limit.dtype) == (torch.int32, torch.float32)
+    kinds = kinds and looks.dtype in (torch.float32, torch.float16)
     if not (shapes and kinds and scenes.shape == looks.shape[:1]):
         return False
     size = FEWEST <= len(looks) <= 20 * MOST
@@ -167,7 +168,7 @@ class Known:
     """The looks of the pictures that weights were trained on."""
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        looks = stored["looks"].numpy()
+        looks = stored["looks"].float().numpy()
         self.white = whitening(looks)
         self.looks, self.limit = looks @ self.white, float(stored["limit"])
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_tools import assert_one_line_error
 from conftest import ROOT, randomise
 from PIL import Image
 
 import model_script as ms
 from support.cameras import CameraNet, build_camera_net, camera_of
 from support.checkpoints import save_checkpoint
+from support.known import Known, fitted
 from support.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -126,6 +128,36 @@ def test_a_release_holds_both_networks_in_16_bits(tmp_path: Path) -> None:
             assert float(difference.abs().max()) < 0.01
     small, large = ((tmp_path / f"{name}.pth").stat().st_size for name in ("released", "ordinary"))
     assert small < 1.3 * large + 60_000  # and the network of cameras
+
+
+def test_a_small_release_takes_cameras_and_looks_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ms.Config(flow_channels=8, thumbnail_size=32, teacher="big.pth")
+    content = {"config": dataclasses.asdict(config), "run_id": "r"}
+    content |= {"model": ms.ConditionalFlow(config).state_dict()}
+    content |= {"training_thumbnails": torch.zeros(1, 16, 16, 3, dtype=torch.uint8)}
+    save_checkpoint(tmp_path / "mine.pth", content)
+    looks = np.random.default_rng(0).normal(0, 1, (400, 24))
+    known = fitted(looks, np.arange(400))
+    assert known is not None
+    cameras = {"infrared": content["model"], "camera_net": CameraNet().state_dict()}
+    save_checkpoint(tmp_path / "big.pth", content | {"cameras": cameras, "known": known})
+    mine, big, out = (str(tmp_path / f"{name}.pth") for name in ("mine", "big", "out"))
+    argv = ["make_release.py", "--ordinary", mine, "--infrared", mine, "--like", big, "--out", out]
+    monkeypatch.setattr("sys.argv", argv)
+    assert make_release.main() == 0
+    loaded = ms.load_model(out, {"device": "cpu"}, ms.ConditionalFlow)
+    assert loaded.model.config.teacher == "" and loaded.camera_net is not None
+    assert loaded.known is not None and loaded.checkpoint["known"]["looks"].dtype == torch.float16
+    wanted = Known(known)
+    assert loaded.known.limit == wanted.limit
+    picture = np.random.default_rng(1).integers(0, 256, (64, 80, 3)).astype(np.uint8)
+    assert loaded.known.distance(picture) == pytest.approx(wanted.distance(picture), rel=0.01)
+    for name, value in loaded.camera_net.state_dict().items():
+        assert torch.allclose(value, cameras["camera_net"][name], atol=1e-3)
+    monkeypatch.setattr("sys.argv", [*argv, "--darken", "here"])
+    assert_one_line_error(make_release.main(), capsys.readouterr().err, "--like", "folders")
 
 
 def test_two_architectures_are_no_release(tmp_path: Path) -> None:
