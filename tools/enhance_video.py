@@ -57,6 +57,9 @@ def smooth_survey(old: ms.Survey | None, now: ms.Survey, rate: float) -> ms.Surv
     return ms.Survey(*parts)
 
 
+SURVEY_EVERY = 2  # frames: half of them say enough of what is averaged over half a second
+
+
 class Wish(NamedTuple):
     """What is asked of a clip: the mean that its first frame takes, None to leave it; whether each
     frame keeps its own noise."""
@@ -74,8 +77,9 @@ class FrameEnhancer:
 
     def __init__(self, loaded: ms.Loaded, wish: Wish, rate: float) -> None:
         self.loaded, self.brightness = loaded, wish.brightness
-        self.share = 1 - math.exp(-2 / rate)
+        self.share = 1 - math.exp(-2 * SURVEY_EVERY / rate)
         self.survey: ms.Survey | None = None
+        self.count = 0
         self.model: Any = None
         self.camera = ""
         self.table: np.ndarray | None = None
@@ -87,12 +91,13 @@ class FrameEnhancer:
             pixels = self.steady(pixels)
         if self.model is None:  # the camera does not change within a clip
             self.model, self.camera = self.loaded.choose(pixels)
-        model = self.model
-        thumbnail = whole_thumbnail(pixels, model.config.thumbnail_size)
-        with torch.no_grad(), runtime.autocast():
-            now = model.survey(thumbnail.to(runtime.device))
-        self.survey = smooth_survey(self.survey, now, self.share)
-        best = ms.enhance_pixels(model, pixels, use, runtime, self.survey).best
+        if self.count % SURVEY_EVERY == 0:
+            thumbnail = whole_thumbnail(pixels, self.model.config.thumbnail_size)
+            with torch.no_grad(), runtime.autocast():
+                now = self.model.survey(thumbnail.to(runtime.device))
+            self.survey = smooth_survey(self.survey, now, self.share)
+        self.count += 1
+        best = ms.enhance_pixels(self.model, pixels, use, runtime, self.survey).best
         if self.table is None:
             wanted = self.brightness
             stops = use.exposure + (0.0 if wanted is None else stops_to_mean(best, wanted))
