@@ -1,14 +1,14 @@
 """Every speed in one run: `make bench`, or
 
     python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] \\
-        [--checkpoint FILE] [--results FOLDER]
+        [--checkpoint FILE] [--peer NAME=FILE ...] [--results FOLDER]
 
 training     images a second, medians, by turns: of the published recipe (128x128), of the release
              recipe, of each baseline's recipe, and of the stand-in with the published layer sizes
              (train_speed.py), on pictures of equal size; the release recipe also under
              torch.compile, and in torch's own memory layout in place of channels_last
-enhancement  seconds for one 600x400 picture in memory, the same systems, by turns; baselines with
-             random weights
+enhancement  seconds for one 600x400 picture in memory, the same systems, the fast weights and each
+             --peer (see peer_speed.py), by turns; baselines with random weights
 sizes        seconds that --mode enhance prints (start-up left out) and the peak memory of its
              process, 0.1 to 24 megapixels
 scaling      training images a second of torchrun with 1 and 2 processes of one thread each, with
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,18 +293,23 @@ def roofline(step: Callable[[], object], seconds: float, rates: dict[str, float]
     ]
 
 
-def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: int) -> list[Row]:
+def enhancement(
+    trainers: dict[str, Any], checkpoint: str, device: str, rounds: int, peers: Sequence[str] = ()
+) -> list[Row]:
     """Seconds of one picture in memory, by every system."""
     import torch
+    from peer_speed import load_peer
     from train_speed import StandIn
 
     import model_script as ms
+    from support.commands import shipped
     from support.pictures import to_tensor
 
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None].to(device)
-    loaded = ms.load_model(checkpoint, {"device": device}, ms.ConditionalFlow)
-    model, use, runtime = loaded[:3]
+    given = {"device": device}
+    model, use, runtime = ms.load_model(checkpoint, given, ms.ConditionalFlow)[:3]
+    fast = ms.load_model(shipped("fast"), given, ms.ConditionalFlow).model
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def one() -> None:
@@ -315,6 +320,7 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
 
     works: dict[str, Callable[[], object]] = {
         "ConditionalFlow": lambda: ms.enhance_pixels(model, pixels, use, runtime),
+        "ConditionalFlow, fast": lambda: ms.enhance_pixels(fast, pixels, use, runtime),
         "stand-in": passes(StandIn().to(device).enhance),
     }
     if compiles():
@@ -322,6 +328,8 @@ def enhancement(trainers: dict[str, Any], checkpoint: str, device: str, rounds: 
     for label, trainer in trainers.items():
         if not label.startswith("ConditionalFlow"):
             works[label.split(",")[0]] = passes(trainer.averaged.eval().enhance)
+    for label, _, network in map(load_peer, peers):
+        works[label] = passes(network.to(device))
     found = by_turns(works, rounds, 0, waiter(device))
     return [
         row("enhancement", label, each, "s", f"{WIDTH}x{HEIGHT}, {runtime}")
@@ -339,7 +347,8 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     device = choose_runtime("auto", mixed=False).device.type
     trainers = make_trainers(device, folder)
     yield training(trainers, device, arguments.rounds, arguments.seconds)
-    yield enhancement(trainers, arguments.checkpoint, device, arguments.rounds)
+    given = (arguments.checkpoint, device, arguments.rounds, arguments.peer)
+    yield enhancement(trainers, *given)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -377,6 +386,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "released.pth"))
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of one turn")
     parser.add_argument("--largest", type=float, default=24, help="megapixels")

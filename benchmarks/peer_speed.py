@@ -9,7 +9,8 @@ A peer is a file of `torch.export.save`, made where its own code and weights are
     torch.export.save(torch.export.export(network.eval(), (torch.rand(1, 3, 400, 600),)), FILE)
 
 Such a file is a program: take it from nobody but yourself. Each system runs once a turn, in one
-process, in fp32; ours a second time in mixed precision, where this processor is good at it. Only
+process, in fp32; ours, and the fast weights beside them, a second time in mixed precision, where
+this processor is good at it. Only
 the networks are timed, not reading and writing. Prints a table of medians.
 """
 
@@ -29,7 +30,7 @@ from footprint import HEIGHT, ROOT, WIDTH
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms
-from support.commands import run
+from support.commands import run, shipped
 from support.pictures import to_tensor
 from support.runtime import choose_runtime
 from support.settings import UserError, read_all
@@ -71,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers = [load_peer(text) for text in arguments.peer]
         pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         low = to_tensor(pixels)[None]
-        loaded = ms.load_model(arguments.checkpoint, settings, ms.ConditionalFlow)
-        model, use = loaded.model, loaded.use
         sizes: dict[str, int] = {}
         works: dict[str, Callable[[], object]] = {}
-        for mixed in (False, True):
-            runtime = choose_runtime("cpu", mixed)
-            name = f"ours, {str(runtime.dtype).removeprefix('torch.')}"
-            sizes[name] = count(model.parameters())
-            works[name] = partial(ms.enhance_pixels, model, pixels, use, runtime)
+        for ours, path in (("ours", arguments.checkpoint), ("ours, fast", shipped("fast"))):
+            loaded = ms.load_model(path, settings, ms.ConditionalFlow)
+            for mixed in (False, True):
+                runtime = choose_runtime("cpu", mixed)
+                name = f"{ours}, {str(runtime.dtype).removeprefix('torch.')}"
+                sizes[name] = count(loaded.model.parameters())
+                works[name] = partial(ms.enhance_pixels, loaded.model, pixels, loaded.use, runtime)
         for name, sizes[name], network in peers:
             works[name] = partial(torch.no_grad()(network), low)
         found = by_turns(works, arguments.rounds, 0, waiter("cpu"))
