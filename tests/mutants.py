@@ -209,7 +209,7 @@ MUTANTS = [
     ),
     Mutant("if name in found:", "if name in found and found[name] == value:", CONFIG, SETTINGS),
     Mutant('build(kind, found, "--set"', 'build(kinds[0], found, "--set"', CONFIG, SETTINGS),
-    Mutant("and value.bit_length() < 9999", "", CONFIG, SETTINGS),
+    Mutant("and value.bit_length() < 9999", "", ROOMS, SETTINGS),
     Mutant(
         'for k, v in given.items() if k not in ("crop_size", "image_size")}',
         "for k, v in given.items()}",

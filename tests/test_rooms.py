@@ -18,7 +18,7 @@ from support import checkpoints, folders, pictures, tiles
 from support.decoding import read_picture, upright
 from support.metrics import evaluation_summary, image_metrics
 from support.runtime import choose_runtime
-from support.settings import UserError
+from support.settings import UserError, shown
 
 TINY: dict[str, Any] = dict(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
 
@@ -96,6 +96,7 @@ def test_integers_without_end_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             stored(checkpoints.load_checkpoint(str(path))["config"])
         assert len(str(caught.value)) < 400
+    assert shown(10**6000) == "a int"  # also where PyTorch has refused it before
 
 
 def run_of(folder: Path, *names: str) -> Path:
