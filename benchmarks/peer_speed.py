@@ -36,7 +36,7 @@ from support.runtime import choose_runtime
 from support.settings import UserError, read_all
 
 
-def load_peer(text: str) -> tuple[str, int, Callable[[torch.Tensor], object]]:
+def load_peer(text: str) -> tuple[str, int, torch.nn.Module]:
     """NAME=FILE -> name, number of weights, and the network. Raises UserError."""
     name, _, file = text.partition("=")
     if not name or not zipfile.is_zipfile(file):
