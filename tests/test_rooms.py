@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import save_picture
-from conftest import randomise, smooth_scene
+from conftest import ROOT, randomise, smooth_scene
 
 import model_script as ms
 from support import checkpoints, folders, pictures, tiles
@@ -338,3 +341,23 @@ def test_the_rim_is_the_weights_own_whatever_a_config_says(tmp_path: Path) -> No
             assert loaded.model.rim == wanted
             size = None if trained else (128, 128)
             assert loaded.use.size_to_score(loaded.model.config) == size
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_layer() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from support.commands import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(20):
+    np.ones(8 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = []
+    for word in ("kept", "given back"):
+        command = [sys.executable, "-c", code, word]
+        faults.append(int(subprocess.run(command, cwd=ROOT, capture_output=True).stdout))
+    assert faults[0] < faults[1] / 2
