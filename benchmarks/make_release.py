@@ -159,6 +159,9 @@ def content_of(arguments: argparse.Namespace) -> dict[str, Any]:
         if any(getattr(arguments, name) for name in FOLDERS if name != "check"):
             raise UserError("--like takes the place of the folders; leave one of the two out")
         like = load_checkpoint(arguments.like)
+        if not {"cameras", "known"} <= like.keys():
+            hint = "name one such as checkpoints/released.pth"
+            raise UserError(f"--like {arguments.like}: is no release of two networks; {hint}")
         weights = half(camera_parts(like, arguments.like)[1].state_dict())
         content = pack(arguments.ordinary, arguments.infrared, weights)
         content.pop("validation_thumbnails", None)  # a fortieth of a small file

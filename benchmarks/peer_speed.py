@@ -10,8 +10,8 @@ A peer is a file of `torch.export.save`, made where its own code and weights are
 
 Such a file is a program: take it from nobody but yourself. Each system runs once a turn, in one
 process, in fp32; ours, and the fast weights beside them, a second time in mixed precision, where
-this processor is good at it. Only
-the networks are timed, not reading and writing. Prints a table of medians.
+this processor is good at it. Only the networks are timed, not reading and writing. Prints a table
+of medians.
 """
 
 from __future__ import annotations

@@ -100,9 +100,9 @@ def kill_and_compare(folder: Path, kills: int, epochs: int) -> Counter[str]:
     return Counter(word for life in lives for word in [*life["within"], *["torn"] * life["torn"]])
 
 
-def test_four_kills_change_nothing(tmp_path: Path) -> None:
-    hits = kill_and_compare(tmp_path, kills=4, epochs=30)
-    assert hits.total() >= 2, hits  # most of them in the midst of something
+def test_six_kills_change_nothing(tmp_path: Path) -> None:
+    hits = kill_and_compare(tmp_path, kills=6, epochs=50)
+    assert hits.total() >= 3, hits  # most of them in the midst of something
 
 
 @pytest.mark.slow

@@ -156,6 +156,8 @@ def test_a_small_release_takes_cameras_and_looks_from_another(
     assert loaded.known.distance(picture) == pytest.approx(wanted.distance(picture), rel=0.01)
     for name, value in loaded.camera_net.state_dict().items():
         assert torch.allclose(value, cameras["camera_net"][name], atol=1e-3)
+    monkeypatch.setattr("sys.argv", [mine if word == big else word for word in argv])
+    assert_one_line_error(make_release.main(), capsys.readouterr().err, "--like", "two networks")
     monkeypatch.setattr("sys.argv", [*argv, "--darken", "here"])
     assert_one_line_error(make_release.main(), capsys.readouterr().err, "--like", "folders")
 
