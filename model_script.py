@@ -118,6 +118,7 @@ class Config:
         0.0, "share of samples whose low is high: leave it alone", 0.0, 1.0
     )
     paste_share: float = knob(0.0, "share of samples with parts of high pasted into low", 0.0, 1.0)
+    jpeg_share: float = knob(0.0, "share of samples whose low has been a JPEG file", 0.0, 1.0)
     mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
     # model
     flow_channels: int = knob(96, "width of couplings; branches half", 8, 1024, architecture=True)
@@ -301,6 +302,8 @@ class TrainingSamples(Dataset):
         low, high = low[window], high[window]
         if self.darken.get(source) and rng.random() < self.darken[source]:
             low, high = simulated.darkened(high, rng)
+        elif config.jpeg_share and rng.random() < config.jpeg_share:
+            low = simulated.as_jpeg(low, rng)
         if config.mixup_share and rng.random() < config.mixup_share:
             other = self.store[self.indices[int(rng.choice(self.members[source]))]]
             if other[0].shape == shape:

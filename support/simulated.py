@@ -81,6 +81,13 @@ def with_night(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (light * (1 - mask) + 10.0 ** rng.uniform(-5, -2.8) * mask).astype(np.float32)
 
 
+def as_jpeg(low: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) uint8 as it comes back from a JPEG file of quality 50 to 95: with its blocks."""
+    file = io.BytesIO()
+    Image.fromarray(low).save(file, "JPEG", quality=int(rng.integers(50, 96)))
+    return np.asarray(Image.open(file))
+
+
 def darkened(high: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(low, high), uint8: a well-exposed (H, W, 3) picture as an ordinary camera sees it in the
     dark, and what is wanted of it.
@@ -99,11 +106,7 @@ def darkened(high: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
     full, read, curve = 10.0 ** rng.uniform(3.3, 4.3), rng.uniform(1, 6), rng.uniform(0.8, 1.25)
     noise = rng.standard_normal(high.shape, np.float32) * np.sqrt(light / full + (read / full) ** 2)
     low = to_levels(np.clip(light + noise, 0, 1) ** curve)
-    if jpeg:
-        file = io.BytesIO()
-        Image.fromarray(low).save(file, "JPEG", quality=int(rng.integers(50, 96)))
-        low = np.asarray(Image.open(file))
-    return low, wanted
+    return as_jpeg(low, rng) if jpeg else low, wanted
 
 
 def paste_bright(low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> np.ndarray:

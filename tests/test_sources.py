@@ -18,7 +18,7 @@ from support.metrics import validation_means
 from support.pairs import training_data
 from support.pictures import srgb_to_linear
 from support.settings import UserError, build, read_settings, typed_sources
-from support.simulated import by_lamplight, darkened, mix_light, paste_bright, with_night
+from support.simulated import as_jpeg, by_lamplight, darkened, mix_light, paste_bright, with_night
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,6 +199,26 @@ def test_darkening_and_mixup_stay_within_their_source(tmp_path: Path) -> None:
         ]
         if index < 3:
             assert min(levels) - 0.02 <= float(third.high.mean()) <= max(levels) + 0.02
+
+
+def test_a_jpeg_file_leaves_blocks_in_low_alone(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(90, 110, (64, 64, 3), dtype=np.uint8)
+    coded = as_jpeg(noise, np.random.default_rng(1)).astype(int)
+    assert coded.shape == noise.shape and 1 < np.abs(coded - noise).mean() < 10
+    steps = np.abs(np.diff(coded.sum(2), axis=1)).mean(0)  # between neighbouring columns
+    assert steps[7::8].mean() > 1.05 * np.delete(steps, np.s_[7::8]).mean()
+    still = dict(window_min=1.0, flips=False, exposure_gain=0.0, channel_gain=0.0)
+    plain = samples_of(config_of(tmp_path, **still))
+    coded_samples = samples_of(config_of(tmp_path, jpeg_share=1.0, **still))
+    half = samples_of(config_of(tmp_path, jpeg_share=0.5, **still))
+    changed = 0
+    for index in range(8):
+        one, other, third = (s[ms.Draw(0, index)] for s in (plain, coded_samples, half))
+        assert torch.equal(one.high, other.high) and not torch.equal(one.low, other.low)
+        assert not torch.equal(one.thumbnail, other.thumbnail)
+        assert float((one.low - other.low).abs().mean()) < 0.05
+        changed += not torch.equal(one.low, third.low)
+    assert 0 < changed < 8
 
 
 # losses -------------------------------------------------------------------------------------------
