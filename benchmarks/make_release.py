@@ -5,7 +5,7 @@
         --infrared_pictures A/low --ordinary_pictures B/low --ordinary_pictures A/high \\
         --darken B/high --known A/low --known B/low --known_darkened B/high
 
-The small network (support/cameras.py) is trained here, for about a minute, on thumbnails of the
+The small network (support/cameras.py) is trained here, for about three minutes, on thumbnails of the
 named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds well-exposed
 pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how many of its
 pictures go to which network; they do not count for the training. --known and --known_darkened name
@@ -46,11 +46,15 @@ from support.simulated import darkened  # noqa: E402
 
 # A quarter of a step's thumbnails is infrared: there are more kinds of ordinary pictures, and a
 # wrong choice costs those more.
-INFRARED, STEP, STEPS, RATE, TINT = 16, 64, 3000, 3e-3, 0.3
+INFRARED, STEP, STEPS, RATE, TINT = 16, 64, 9000, 3e-3, 0.3
+# Of the ordinary ones some are under a lamp, half of these in places only: blue is up to so many
+# stops (of sRGB) weaker, green a tenth to six tenths of that. Such a night looks much like an
+# infrared one.
+LAMPLIT, WARMEST = 0.5, 3.0
 
 # Added to the log-odds: half-way between the held-out infrared pictures, the lowest of which has
-# -0.1, and the held-out ones of LOL and SICE, the highest of which has -2.5.
-SHIFT = 1.2
+# 0.0, and the held-out ones of LOL and SICE, the highest of which has -3.3.
+SHIFT = 1.6
 FOLDERS = ("infrared_pictures", "ordinary_pictures", "darken", "check", "known", "known_darkened")
 
 
@@ -65,9 +69,13 @@ def thumbnails_of(folder: str, darken: bool = False) -> Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) / 255
 
 
-def varied(thumbnails: Tensor, tint: Tensor) -> Tensor:
-    """(N, 3, 32, 32) windows of (N, 3, 64, 64), mirrored, up to 0.6 stops brighter or darker, each
-    channel up to `tint` (N,) stops more, at 256 levels."""
+def varied(thumbnails: Tensor, ordinary: Tensor) -> Tensor:
+    """(N, 3, 32, 32) windows of (N, 3, 64, 64), mirrored, up to 0.6 stops brighter or darker, at
+    256 levels.
+
+    Where `ordinary` (N,) is 1, not 0, each channel is up to TINT stops brighter or darker still,
+    and some are under a lamp: ordinary light has many colours, the infrared veil has its own.
+    """
     count = len(thumbnails)
     side = torch.empty(count, 2).uniform_(0.5, 1)
     place = torch.zeros(count, 2, 3)
@@ -76,8 +84,13 @@ def varied(thumbnails: Tensor, tint: Tensor) -> Tensor:
     grid = F.affine_grid(place, [count, 3, SIDE, SIDE], align_corners=False)
     window = F.grid_sample(thumbnails, grid, align_corners=False)
     stops = torch.empty(count, 1, 1, 1).uniform_(-0.6, 0.6)
-    stops = stops + tint[:, None, None, None] * torch.empty(count, 3, 1, 1).uniform_(-1, 1)
-    gain = 2**stops
+    tint = TINT * torch.empty(count, 3, 1, 1).uniform_(-1, 1)
+    lit = F.interpolate(torch.rand(count, 1, 4, 4), (SIDE, SIDE), mode="bicubic").clamp(0, 1)
+    lit = torch.where(torch.rand(count, 1, 1, 1) < 0.5, lit, 1.0)
+    warmth = WARMEST * torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < LAMPLIT)
+    green = torch.empty(count, 1, 1, 1).uniform_(0.1, 0.6)
+    weaker = warmth * torch.cat([torch.zeros_like(green), green, torch.ones_like(green)], 1)
+    gain = 2 ** (stops + ordinary[:, None, None, None] * (tint - lit * weaker))
     return (window * gain * 255).round().div(255).clamp(0, 1)
 
 
@@ -91,12 +104,11 @@ def train_camera_net(
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     wanted = (torch.arange(STEP) < INFRARED).float()
-    tint = TINT * (1 - wanted)  # ordinary light has many colours; the infrared veil has its own
     for _ in range(steps):
         batch = [infrared[torch.randint(len(infrared), (INFRARED,))]]
         kinds = torch.randint(len(ordinary), (STEP - INFRARED,)).tolist()
         batch += [ordinary[k][torch.randint(len(ordinary[k]), (1,))] for k in kinds]
-        loss = F.binary_cross_entropy_with_logits(net(varied(torch.cat(batch), tint)), wanted)
+        loss = F.binary_cross_entropy_with_logits(net(varied(torch.cat(batch), 1 - wanted)), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

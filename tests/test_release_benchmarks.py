@@ -94,9 +94,13 @@ def test_varied_thumbnails_are_windows_at_256_levels() -> None:
     assert found.shape == (40, 3, 32, 32) and float(found.min()) > 0.12
     assert torch.equal(found, (found * 255).round() / 255)
     assert float((found[:, 0] - found[:, 2]).abs().max()) == 0
-    tinted = make_release.varied(ramp, torch.full((40,), 0.3))
-    ratios = (tinted[:, 0, 9, 9] / tinted[:, 2, 9, 9]).log2().abs()
-    assert 0.3 < float(ratios.max()) < 0.65
+    tinted = make_release.varied(ramp, torch.ones(40))
+    ratios = (tinted[:, 0] / tinted[:, 2]).log2()  # red over blue
+    assert -0.65 < float(ratios.min()) < -0.3
+    assert 2.0 < float(ratios.max()) < 4.2  # under a lamp
+    spread = ratios.amax((1, 2)) - ratios.amin((1, 2))
+    assert 4 < int((spread > 0.3).sum()) < 20  # in places only
+    assert 10 < int((spread < 0.1).sum())
     slopes = (found[:, 0, 0, -1] / found[:, 0, 0, 0]).log2()  # gains do not change them
     assert float(slopes.min()) < -0.4 and float(slopes.max()) > 0.4  # mirrored or not
     assert float(slopes.abs().max()) < 1.6
