@@ -8,7 +8,8 @@
 The small network (support/cameras.py) is trained here, for about three minutes, on thumbnails of the
 named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds well-exposed
 pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how many of its
-pictures go to which network; they do not count for the training. --known and --known_darkened name
+pictures go to the infrared network, as they are and in warm light; they do not count for the
+training. --known and --known_darkened name
 the pictures that the networks were trained on, see benchmarks/add_looks.py. Weights are stored in
 16 bits.
 """
@@ -51,6 +52,7 @@ INFRARED, STEP, STEPS, RATE, TINT = 16, 64, 9000, 3e-3, 0.3
 # stops (of sRGB) weaker, green a tenth to six tenths of that. Such a night looks much like an
 # infrared one.
 LAMPLIT, WARMEST = 0.5, 3.0
+LAMP = 2.0 ** np.array([0.0, -0.8, -2.0])  # for --check
 
 # Added to the log-odds: half-way between the held-out infrared pictures, the lowest of which has
 # 0.0, and the held-out ones of LOL and SICE, the highest of which has -3.3.
@@ -201,8 +203,11 @@ def main() -> int:
         net = build_camera_net(content["cameras"]["camera_net"], arguments.out)
         for folder in arguments.check:
             files = pictures_by_stem(folder, "check").values()
-            cameras = [camera_of(read_image(path), net) for path in files]
-            print(f"{folder}: {cameras.count('infrared')} of {len(cameras)} infrared")
+            plain = lamplit = 0
+            for pixels in map(read_image, files):
+                plain += camera_of(pixels, net) == "infrared"
+                lamplit += camera_of(np.rint(pixels * LAMP).astype(np.uint8), net) == "infrared"
+            print(f"{folder}: {plain} of {len(files)} infrared, under a lamp {lamplit}")
         save_checkpoint(Path(arguments.out), content)
     except UserError as error:
         return complain(error)
