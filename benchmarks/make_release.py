@@ -5,13 +5,12 @@
         --infrared_pictures A/low --ordinary_pictures B/low --ordinary_pictures A/high \\
         --darken B/high --known A/low --known B/low --known_darkened B/high
 
-The small network (support/cameras.py) is trained here, for about three minutes, on thumbnails of the
-named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds well-exposed
-pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how many of its
-pictures go to the infrared network, as they are and in warm light; they do not count for the
-training. --known and --known_darkened name
-the pictures that the networks were trained on, see benchmarks/add_looks.py. Weights are stored in
-16 bits.
+The small network (support/cameras.py) is trained here, for about three minutes, on thumbnails of
+the named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds
+well-exposed pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how
+many of its pictures go to the infrared network, as they are and in warm light; they do not count
+for the training. --known and --known_darkened name the pictures that the networks were trained on,
+see benchmarks/add_looks.py. Weights are stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -206,7 +205,7 @@ def main() -> int:
             plain = lamplit = 0
             for pixels in map(read_image, files):
                 plain += camera_of(pixels, net) == "infrared"
-                lamplit += camera_of(np.rint(pixels * LAMP).astype(np.uint8), net) == "infrared"
+                lamplit += camera_of(np.rint(pixels * LAMP).astype(pixels.dtype), net) == "infrared"
             print(f"{folder}: {plain} of {len(files)} infrared, under a lamp {lamplit}")
         save_checkpoint(Path(arguments.out), content)
     except UserError as error:

@@ -100,7 +100,7 @@ def test_varied_thumbnails_are_windows_at_256_levels() -> None:
     assert 2.0 < float(ratios.max()) < 4.2  # under a lamp
     spread = ratios.amax((1, 2)) - ratios.amin((1, 2))
     assert 4 < int((spread > 0.3).sum()) < 20  # in places only
-    assert 10 < int((spread < 0.1).sum())
+    assert int((spread < 0.1).sum()) > 10
     slopes = (found[:, 0, 0, -1] / found[:, 0, 0, 0]).log2()  # gains do not change them
     assert float(slopes.min()) < -0.4 and float(slopes.max()) > 0.4  # mirrored or not
     assert float(slopes.abs().max()) < 1.6
