@@ -5,7 +5,7 @@
         --infrared_pictures A/low --ordinary_pictures B/low --ordinary_pictures A/high \\
         --darken B/high --known A/low --known B/low --known_darkened B/high
 
-The small network (support/cameras.py) is trained here, for about three minutes, on thumbnails of
+The small network (support/cameras.py) is trained here, for about five minutes, on thumbnails of
 the named folders, cut, turned, mirrored, brightened and darkened at random. --darken adds
 well-exposed pictures as a simulated ordinary camera sees them in the dark. --check FOLDER says how
 many of its pictures go to the infrared network, as they are and in warm light; they do not count
@@ -46,7 +46,7 @@ from support.simulated import darkened  # noqa: E402
 
 # A quarter of a step's thumbnails is infrared: there are more kinds of ordinary pictures, and a
 # wrong choice costs those more.
-INFRARED, STEP, STEPS, RATE, TINT = 16, 64, 9000, 3e-3, 0.3
+INFRARED, STEP, STEPS, RATE, TINT = 32, 128, 9000, 3e-3, 0.3
 # Of the ordinary ones some are under a lamp, half of these in places only: blue is up to so many
 # stops (of sRGB) weaker, green a tenth to six tenths of that. Such a night looks much like an
 # infrared one.
@@ -54,8 +54,8 @@ LAMPLIT, WARMEST = 0.5, 3.0
 LAMP = 2.0 ** np.array([0.0, -0.8, -2.0])  # for --check
 
 # Added to the log-odds: half-way between the held-out infrared pictures, the lowest of which has
-# 0.0, and the held-out ones of LOL and SICE, the highest of which has -3.3.
-SHIFT = 1.6
+# -0.3, and the held-out ones of LOL and SICE, the highest of which has -3.5.
+SHIFT = 1.9
 FOLDERS = ("infrared_pictures", "ordinary_pictures", "darken", "check", "known", "known_darkened")
 
 

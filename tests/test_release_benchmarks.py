@@ -14,6 +14,7 @@ import torch
 from cli_tools import assert_one_line_error
 from conftest import ROOT, randomise
 from PIL import Image
+from skimage.color import rgb2lab
 
 import model_script as ms
 from support.cameras import CameraNet, build_camera_net, camera_of
@@ -24,6 +25,7 @@ from support.settings import UserError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import brightness
+import foliage
 import make_release
 import prepare_sources
 import release_table
@@ -188,6 +190,14 @@ def test_brightness_within_scenes_takes_their_means_and_a_line_away() -> None:
     assert brightness.within_scenes(low, high, [[0, 1]]) == "no scene was taken 3 times"
 
 
+def write_grey_model(path: Path) -> None:
+    """An untrained network, which gives grey: the prior's mean is 0."""
+    torch.manual_seed(0)
+    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
+    weights = ms.ConditionalFlow(config).state_dict()
+    save_checkpoint(path, {"config": dataclasses.asdict(config), "model": weights, "run_id": "r"})
+
+
 def test_brightness_of_a_network_is_measured_on_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,11 +209,7 @@ def test_brightness_of_a_network_is_measured_on_pairs(
             pixels = rng.integers(level - 9, level + 9, (40, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / kind / f"{place}.png")
     folders = f"{tmp_path / 'low'}:{tmp_path / 'high'}"
-    torch.manual_seed(0)
-    config = ms.Config(flow_channels=8, num_flow_blocks=1, thumbnail_size=32)
-    model = ms.ConditionalFlow(config)  # which gives grey: the prior's mean is 0
-    content = {"config": dataclasses.asdict(config), "model": model.state_dict(), "run_id": "r"}
-    save_checkpoint(tmp_path / "w.pth", content)
+    write_grey_model(tmp_path / "w.pth")
     argv = ["--pairs", folders, "--score", folders, "--checkpoint", str(tmp_path / "w.pth")]
     assert brightness.main(argv) == 0
     told = capsys.readouterr().out
@@ -212,6 +218,27 @@ def test_brightness_of_a_network_is_measured_on_pairs(
     assert float(told.split("off by ")[1].split()[0]) == pytest.approx(expected, abs=0.03)
     assert brightness.main(["--pairs", str(tmp_path)]) == 2
     assert "LOW:HIGH" in capsys.readouterr().err
+
+
+def test_leaves_are_told_by_their_colour_and_weighed_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    colours = [(80, 120, 40), (60, 90, 50), (120, 120, 120), (150, 60, 40), (14, 20, 8)]
+    patches = np.array(colours, np.uint8)[None] / 255
+    assert foliage.leaves(rgb2lab(patches)).tolist() == [[True, True, False, False, False]]
+    half = np.full((40, 48, 3), 110, np.uint8)
+    half[:, :12] = (80, 120, 40)
+    for kind, pixels in (("low", half // 8), ("high", half)):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(pixels).save(tmp_path / kind / "1.png")
+    write_grey_model(tmp_path / "w.pth")
+    folders = [f"--set=eval_{kind}_dir={tmp_path / kind}" for kind in ("low", "high")]
+    monkeypatch.setattr("sys.argv", ["foliage", "--checkpoint", str(tmp_path / "w.pth"), *folders])
+    foliage.main()
+    green, rest = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    share, before, after, ratio, pale = (float(word) for word in green[1:])
+    assert share == 0.25 and float(rest[2]) == 0.75
+    assert before < 6 < 20 < after and 0.8 < ratio < 1.2 and pale < 0.05
 
 
 def test_two_trees_are_timed_by_turns(tmp_path: Path) -> None:
