@@ -20,7 +20,7 @@ test: .venv/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=model_script --cov=support --cov-report=term --cov-fail-under=92
 
 bench: .venv/.requirements-dev
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lint: .venv/.requirements-dev
 	$(BIN)/ruff check .

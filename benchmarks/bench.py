@@ -1,7 +1,7 @@
 """Every speed in one run: `make bench`, or
 
     python benchmarks/bench.py [--rounds 5] [--largest 24] [--seconds 3] \\
-        [--checkpoint FILE] [--peer NAME=FILE ...] [--results FOLDER]
+        [--checkpoint FILE] [--peer NAME=FILE ...] [--results FOLDER] [--page docs/cost.md]
 
 training     images a second, medians, by turns: of the published recipe (128x128), of the release
              recipe, of each baseline's recipe, and of the stand-in with the published layer sizes
@@ -10,15 +10,16 @@ training     images a second, medians, by turns: of the published recipe (128x12
 enhancement  seconds for one 600x400 picture in memory, the same systems, the fast weights and each
              --peer (see peer_speed.py), by turns; baselines with random weights
 sizes        seconds that --mode enhance prints (start-up left out) and the peak memory of its
-             process, 0.1 to 24 megapixels
+             process, 0.1 to 24 megapixels, by the released and the fast weights
+clip         frames a second of a clip of 640x360 by the fast weights, reading and writing included
 scaling      training images a second of torchrun with 1 and 2 processes of one thread each, with
              the same total batch
 roofline     counted floating point operations a second of the release recipe, as a share of what
              large matrix products reach here; by turns with the training
 
-Writes results/bench_*/: bench.csv after every part, then bench.md and bench.png. On a machine with
-a GPU, training, enhancement and roofline run on it. CUDA_VISIBLE_DEVICES= keeps them on the
-processor.
+Writes results/bench_*/: bench.csv after every part, then bench.md and bench.png. --page puts the
+table between the two marks of a Markdown file. On a machine with a GPU, training, enhancement and
+roofline run on it. CUDA_VISIBLE_DEVICES= keeps them on the processor.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -39,6 +42,7 @@ from typing import Any
 import numpy as np
 from enhance_speed import MEGAPIXELS, write_picture
 from footprint import HEIGHT, ROOT, SCRIPT, WIDTH, run, write_pairs
+from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 from support import files
@@ -46,6 +50,7 @@ from support import files
 RELEASE = "configs/november_stage3.json"
 RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
 COMPILED, PLAIN = "torch.compile", "contiguous layout"
+MARKS = ("<!-- bench -->", "<!-- end of bench -->")  # of a page
 SMALL = 128  # side of the published protocol's pictures
 Row = dict[str, Any]
 
@@ -62,7 +67,7 @@ def row(part: str, name: str, value: float, unit: str, note: str = "") -> Row:
     return found
 
 
-def sizes(checkpoint: str, largest: float, folder: Path) -> list[Row]:
+def sizes(part: str, checkpoint: str, largest: float, folder: Path) -> list[Row]:
     """Seconds and peak memory by megapixels, each in a process of its own."""
     rows = []
     for megapixels in (size for size in MEGAPIXELS if size <= largest):
@@ -71,11 +76,35 @@ def sizes(checkpoint: str, largest: float, folder: Path) -> list[Row]:
         common = ["--mode", "enhance", "--checkpoint", checkpoint, "--input", str(source)]
         done = run([*common, "--output", str(folder / "out.png")])
         seconds = float(done.output.split(" s on ")[0].split()[-1])
+        each = f"{seconds / megapixels:.2f} s a megapixel"
         rows += [
-            row("sizes", f"{megapixels:g}", seconds, "s"),
-            row("sizes", f"{megapixels:g}", done.megabytes, "MiB"),
+            row(part, f"{megapixels:g}", seconds, "s", each),
+            row(part, f"{megapixels:g}", done.megabytes, "MiB"),
         ]
     return rows
+
+
+def clip(folder: Path, count: int = 50) -> list[Row]:
+    """A dark clip of 640x360 whose picture wanders, enhanced by the command line."""
+    import av
+
+    still = np.asarray(Image.open(write_picture(folder / "still.png", 700, 420)))
+    rng = np.random.default_rng(0)
+    with av.open(folder / "dark.mp4", "w") as container:
+        stream = container.add_stream("h264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for place in range(count):
+            seen = still[place : place + 360, place : place + 640]
+            frame = seen + rng.integers(0, 4, seen.shape, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    command = [sys.executable, str(ROOT / "tools" / "enhance_video.py"), "--checkpoint", "fast"]
+    command += ["--input", str(folder / "dark.mp4"), "--output", str(folder / "light.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"clip: {done.stderr}")
+    seconds = float(done.stdout.split(" s on ")[0].split()[-1])
+    return [row("clip", "fast, 640x360", count / seconds, "frames/s")]
 
 
 def scaling(folder: Path, seconds: float) -> list[Row]:
@@ -339,7 +368,9 @@ def enhancement(
 
 def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
     """The rows of each part, as it is done."""
-    yield sizes(arguments.checkpoint, arguments.largest, folder)
+    yield sizes("sizes", arguments.checkpoint, arguments.largest, folder)
+    yield sizes("sizes, fast", "fast", arguments.largest, folder)
+    yield clip(folder)
     yield scaling(folder, arguments.seconds)
 
     from support.runtime import choose_runtime
@@ -349,6 +380,29 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     yield training(trainers, device, arguments.rounds, arguments.seconds)
     given = (arguments.checkpoint, device, arguments.rounds, arguments.peer)
     yield enhancement(trainers, *given)
+
+
+def machine() -> str:
+    """What measured, in a line."""
+    import torch
+
+    from support.runtime import choose_runtime
+
+    facts = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    runtime = choose_runtime("auto", mixed=True)
+    return f"{name}, {runtime}, PyTorch {torch.__version__.split('+')[0]}"
+
+
+def around_marks(page: str) -> tuple[str, str]:
+    """What a Markdown file has up to the first of MARKS, and from the second on."""
+    text = Path(page).read_text(encoding="utf-8") if Path(page).is_file() else ""
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        sys.exit(f"--page {page}: needs a line {MARKS[0]} and below it {MARKS[1]}; add them")
+    return before + mark, end + after
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -393,7 +447,9 @@ def main() -> None:
     parser.add_argument(
         "--results", default=str(ROOT / "results"), help="where the folder bench_* goes"
     )
+    parser.add_argument("--page", metavar="FILE", help="put the table between its marks, too")
     arguments = parser.parse_args()
+    around = around_marks(arguments.page) if arguments.page else ("", "")  # before it takes long
     rows: list[Row] = []
     target: Path | None = None
     with tempfile.TemporaryDirectory() as name:
@@ -406,6 +462,9 @@ def main() -> None:
     lines = ["| part | what | value | unit | note |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(str(value) for value in r.values()) + " |" for r in rows]
     files.write_bytes(target / "bench.md", ("\n".join(lines) + "\n").encode())
+    if arguments.page:
+        table = "\n".join([f"*{machine()}.*", "", *lines])
+        files.write_bytes(Path(arguments.page), f"\n\n{table}\n\n".join(around).encode())
     try:
         plot(rows, target / "bench.png")
     except ImportError:

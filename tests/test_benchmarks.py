@@ -123,6 +123,32 @@ def test_a_bench_that_breaks_keeps_what_it_has_measured(
     assert "sizes,0.1,2.0,s" in table.read_text()
 
 
+def test_the_table_of_a_bench_goes_between_the_marks_of_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = importlib.import_module("bench")
+    page = tmp_path / "page.md"
+    for text in ("no marks\n", "{1}\n{0}\n".format(*bench.MARKS)):
+        page.write_text(text)
+        with pytest.raises(SystemExit, match=r"page\.md: needs a line <!-- bench -->"):
+            run("bench", "--results", tmp_path, "--page", page)
+    monkeypatch.setattr(bench, "measured", lambda *_: [[bench.row("sizes", "0.1", 2.0, "s")]])
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*bench.MARKS))
+    for _ in range(2):  # the second run replaces the first one's table
+        run("bench", "--results", tmp_path, "--page", page)
+        text = page.read_text()
+        assert text.startswith("before\n<!-- bench -->\n\n*")
+        assert text.endswith("|\n\n<!-- end of bench -->\nafter\n") and "old" not in text
+        assert text.count("| sizes | 0.1 | 2.0 | s |  |") == 1 and torch.__version__[:4] in text
+
+
+def test_a_clip_is_made_and_timed(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (found,) = importlib.import_module("bench").clip(tmp_path, count=3)
+    assert found["unit"] == "frames/s" and found["value"] > 0
+    assert (tmp_path / "light.mp4").stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_bench_measures_every_part(tmp_path: Path) -> None:
     run("bench", "--rounds", "1", "--seconds", "0.01", "--largest", "0.1", "--results", tmp_path)
@@ -130,7 +156,9 @@ def test_bench_measures_every_part(tmp_path: Path) -> None:
     with open(results / "bench.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     parts = [part for part, _ in itertools.groupby(row["part"] for row in rows)]
-    assert parts == ["sizes", "scaling", "training", "roofline", "enhancement"]
+    assert parts == [
+        *("sizes", "sizes, fast", "clip", "scaling", "training", "roofline", "enhancement")
+    ]
     assert all(float(row["value"]) > 0 for row in rows)
     for part in ("training", "enhancement"):
         names = {row["name"].split(",")[0] for row in rows if row["part"] == part}
