@@ -12,8 +12,8 @@ enhancement  seconds for one 600x400 picture in memory, the same systems, the fa
 sizes        seconds that --mode enhance prints (start-up left out) and the peak memory of its
              process, 0.1 to 24 megapixels, by the released and the fast weights
 clip         frames a second of a clip of 640x360 by the fast weights, reading and writing included
-scaling      training images a second of torchrun with 1 and 2 processes of one thread each, with
-             the same total batch
+scaling      training images a second of torchrun with 1 and 2 processes of one thread each, and
+             with 1 of two threads, with the same total batch
 roofline     counted floating point operations a second of the release recipe, as a share of what
              large matrix products reach here; by turns with the training
 
@@ -53,11 +53,6 @@ COMPILED, PLAIN = "torch.compile", "contiguous layout"
 MARKS = ("<!-- bench -->", "<!-- end of bench -->")  # of a page
 SMALL = 128  # side of the published protocol's pictures
 Row = dict[str, Any]
-
-# CUDA is hidden: scaling is about the processor's cores. "1,1" (one thread, and one at a nested
-# level) is 1 to OpenMP; the script takes a plain 1 under several processes for torchrun's default,
-# and widens it where there are cores to spare
-ONE_THREAD = {"OMP_NUM_THREADS": "1,1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def row(part: str, name: str, value: float, unit: str, note: str = "") -> Row:
@@ -108,13 +103,17 @@ def clip(folder: Path, count: int = 50) -> list[Row]:
 
 
 def scaling(folder: Path, seconds: float) -> list[Row]:
-    """Training speed by 1 and 2 processes of one thread, as torchrun starts them."""
+    """Training speed by 1 and 2 processes of one thread, and by 1 of two, as torchrun starts them.
+
+    "1,1" is one thread, and one at a nested level. The script takes a plain 1 under several
+    processes for torchrun's default, and widens it where there are cores to spare.
+    """
     import torch
 
     write_pairs(folder, 16)
     rows = []
-    for count in (1, 2):
-        weights = folder / f"scaling_{count}"
+    for count, threads in ((1, 1), (2, 1), (1, 2)):
+        weights = folder / f"scaling_{count}_{threads}"
         settings = dict(
             train_low_dir=folder / "low",
             train_high_dir=folder / "high",
@@ -140,21 +139,26 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
             str(ROOT / RELEASE),
             *(f"--set={k}={v}" for k, v in settings.items()),
         ]
+        few = {"OMP_NUM_THREADS": f"{threads},1", "MKL_NUM_THREADS": f"{threads}"}
+        few["CUDA_VISIBLE_DEVICES"] = ""  # scaling is about the processor's cores
         done = subprocess.run(
-            [*launch, *train], env=os.environ | ONE_THREAD, capture_output=True, text=True
+            [*launch, *train], env=os.environ | few, capture_output=True, text=True
         )
-        if done.returncode or "(1 threads)" not in done.stdout:
-            sys.exit(
-                f"scaling: {launch[-2]} did not train with one thread"
-                f" each\n{done.stdout}{done.stderr}"
-            )
+        if done.returncode or f"({threads} threads)" not in done.stdout:
+            told = f"{done.stdout}{done.stderr}"
+            sys.exit(f"scaling: {launch[-2]} did not train with {threads} threads each\n{told}")
         (newest,) = weights.glob("checkpoint_epoch_*.pth")
         training = torch.load(newest, weights_only=True)["training"]
         speed = training["step"] * 4 / (60 * training["minutes"])
         rows.append(
-            row("scaling", f"{count} x 1 thread", speed, "images/s", "release recipe, batch 4")
+            row(
+                *("scaling", f"{count} x {threads} thread{'s' * (threads > 1)}", speed),
+                *("images/s", "release recipe, batch 4"),
+            )
         )
-    return [*rows, row("scaling", "efficiency", rows[1]["value"] / rows[0]["value"] / 2, "of 1")]
+    one, two, threaded = (found["value"] for found in rows)
+    rows += [row("scaling", "efficiency", two / one / 2, "of 1")]
+    return [*rows, row("scaling", "2 x 1 thread over 1 x 2 threads", two / threaded, "times")]
 
 
 @functools.cache
