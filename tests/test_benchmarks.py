@@ -149,6 +149,14 @@ def test_a_clip_is_made_and_timed(tmp_path: Path) -> None:
     assert (tmp_path / "light.mp4").stat().st_size > 1000
 
 
+def test_without_av_a_bench_leaves_the_clip_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert importlib.import_module("bench").clip(tmp_path) == []
+    assert "pip install av" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_bench_measures_every_part(tmp_path: Path) -> None:
     run("bench", "--rounds", "1", "--seconds", "0.01", "--largest", "0.1", "--results", tmp_path)
