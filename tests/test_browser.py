@@ -642,6 +642,23 @@ def test_a_file_that_the_browser_cannot_show_is_seen_with_its_draft(
         assert "cancelled" in page.inner_text("#message")
 
 
+def test_the_picture_that_is_looked_at_is_uploaded_first(
+    browser: Any, drafts: tuple[str, Held], tmp_path: Path
+) -> None:
+    low = dark_picture(target_picture(2, 400, 600))
+    paths = [save_picture(tmp_path / f"{name}.png", low) for name in "ab"]
+    slow: list[Any] = []
+    with opened_page(browser, drafts[0]) as page:
+        page.route("**/jobs", lambda route: route.continue_() if slow else slow.append(route))
+        choose(page, *paths)
+        soon(page, "items.length === 2 && items[0].busy.main.state === 'uploading'")
+        time.sleep(0.5)
+        assert states(page) == ["a.png: uploading", "b.png: waiting"]
+        slow[0].continue_()
+        soon(page, DRAFTED)
+        assert page.inner_text("#doing") == "Enhancing"
+
+
 def test_a_draft_that_is_gone_is_not_missed(
     browser: Any, drafts: tuple[str, Held], tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ const shown = JSON.parse(document.body.dataset.shown);
 const LIMIT = shown.megabytes * 2 ** 20, AT_ONCE = 2, POLL = 200, ROLES = ["main", "left"];
 const SMALLER = "choose a smaller file", items = [], line = [];
 const onChange = { item: () => {} }; // page.js fills it in
-let current = null, underway = 0;
+let current = null, underway = 0, sending = false;
 
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
@@ -117,10 +117,11 @@ function restore(item) {
   if (!doneRun(item, "left")) settings.left = "";
 }
 
-// The picture that is looked at goes first.
+// The picture that is looked at goes first. One upload at a time: of two, a busy server may work at
+// the later one first.
 function pump() {
   line.sort((a, b) => (b.item === current) - (a.item === current));
-  while (underway < AT_ONCE && line.length) {
+  while (underway < AT_ONCE && !sending && line.length) {
     const run = line.shift();
     if (run.dropped) continue;
     underway += 1;
@@ -151,7 +152,13 @@ async function send(run) {
   form.append("samples", run.samples);
   form.append("uncertainty", run.uncertain ? "1" : "0");
   form.append("picture", run.item.file, run.item.name);
-  return (await ask("/jobs", { method: "POST", body: form })).job;
+  sending = true;
+  try {
+    return (await ask("/jobs", { method: "POST", body: form })).job;
+  } finally {
+    sending = false;
+    pump();
+  }
 }
 
 async function follow(run) {
