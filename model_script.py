@@ -101,7 +101,7 @@ class Config:
     val_low_dir: str = knob("", "dark validation photographs; empty: split off by scene")
     val_high_dir: str = knob("", "their targets")
     sources: list[dict] = knob([], "several sets of pairs in place of these; see docs/training.md")
-    epoch_samples: int = knob(0, "with sources: steps of an epoch x batch_size; 0: pairs", 0, 10**9)
+    epoch_samples: int = knob(0, "sources: an epoch has this / batch_size steps; 0: all", 0, 10**9)
     val_pairs: int = knob(0, "with sources: validation pairs of each; 0: all", 0, 10**9)
     val_fraction: float = knob(0.1, "share of the pairs to split off, whole scenes", 0.0, 0.9)
     scene_similarity: float = knob(0.85, "correlation of targets that show one scene", 0.0, 1.0)
@@ -185,7 +185,7 @@ class Use:
 
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     camera: str = knob("auto", "which released network; auto: by the picture", choices=WHICH_CAMERA)
-    compile: bool = knob(False, "train by torch.compile; needs a C++ compiler")
+    compile: bool = knob(False, "train: by torch.compile; needs a C++ compiler")
     num_workers: int = knob(0, "data loading processes; 0 loads in the main one", 0, 64)
     pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
@@ -194,10 +194,10 @@ class Use:
     eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
     outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
     extra_metrics: str = knob("", "evaluate: further scores, by pyiqa, such as niqe,musiq,lpips")
-    scenes: str = knob("", "evaluate only these file stems, separated by commas; empty: all")
+    scenes: str = knob("", "evaluate: only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
     results_dir: str = knob("results", "where evaluations go")
-    temperature: float = knob(0.0, "spread of samples, in prior deviations; 0: the mean", 0.0, 10.0)
+    temperature: float = knob(0.0, "in prior deviations; 0: the mean, and samples at 1", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
     uncertainty: bool = knob(False, "enhance: also the deviation over samples (16 if below 2)")
     exposure: float = knob(0.0, "enhance: brighten (or darken, below 0), in stops", -6.0, 6.0)
@@ -1650,15 +1650,15 @@ def evaluate(arguments: argparse.Namespace, system: type[System]) -> int:
         for scored in score_pairs(loaded, store, twins, extra):
             write_scored(scored, temporary / "images")
             mine.append(scored.row)
-        gathered = [row for share in processes.all_gather(mine) for row in share]
-        by_name = {row["filename"]: row for row in gathered}
+        by_name = {row["filename"]: row for share in processes.all_gather(mine) for row in share}
         rows = [by_name[pair.low.name] for pair in store.pairs]
         if rank() == 0:
             pictures.write_image(temporary / "overview.png", overview(rows, temporary / "images"))
             files.write_csv(temporary / "metrics.csv", rows)
-            facts = {"protocol": protocol, "device": str(loaded.runtime), "use": vars(use)}
+            facts: dict[str, Any] = {"protocol": protocol, "device": str(loaded.runtime)}
+            facts |= {"use": commands.at_work(use, "evaluate"), "warnings": found}
+            facts |= commits(loaded.checkpoint)
             facts |= {"outputs_dir": outputs} if outputs else {"config": dataclasses.asdict(config)}
-            facts |= {"warnings": found, **commits(loaded.checkpoint)}
             lower = [column for one in extra if one.lower_is_better for column in one.columns]
             summary = metrics.evaluation_summary(rows, arguments.checkpoint, facts, lower)
             files.write_json(temporary / "summary.json", summary)

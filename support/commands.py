@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ TAKES |= {"enhance": ("checkpoint", "input", "output")}
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 WEIGHTS = ("released", "fast")  # of it, by name; fast: a small copy, for clips and previews
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h, glibc
-UNSCORED = ("exposure", "strength", "reference")  # what a user adds to an enhanced picture
+AS_TRAINED = ("crop_size", "image_size")  # weights know theirs
 
 
 def shipped(name: str) -> str:
@@ -107,9 +108,10 @@ def parse(
     arguments.set += [f"{name}={word}" for name, word in words]
     found = read_all(kinds, arguments.config, arguments.set, system.unused)
     arguments.settings = found
-    for name in UNSCORED if arguments.mode == "evaluate" else ():
-        if name in assignments(arguments.set):  # a config file may serve several modes
-            raise UserError(f"{name} does nothing in --mode evaluate; leave it out")
+    for name in assignments(arguments.set):  # a config file may serve several modes
+        if name in idle_keys(arguments.mode, kinds):
+            hint = "use eval_size" if name == "image_size" else "leave it out"
+            raise UserError(f"{name} does nothing in --mode {arguments.mode}; {hint}")
     if arguments.mode == "evaluate" and found.get("outputs_dir"):
         if arguments.checkpoint is not None:
             hint = "outputs_dir scores pictures that are there; leave one of the two out"
@@ -118,6 +120,23 @@ def parse(
         folder = found.get("checkpoint_dir", kinds[0]().checkpoint_dir)
         arguments.checkpoint = str(released or Path(folder) / "best_model.pth")
     return arguments
+
+
+def idle_keys(mode: str, kinds: Iterable[type]) -> set[str]:
+    """Keys that do nothing in `mode`: those whose meaning begins with another mode's name, and
+    where weights are used, those that they decide. None in demo, which is all modes in one."""
+    if mode not in TAKES:
+        return set()
+    meanings = {key.name: key.metadata["meaning"] for kind in kinds for key in fields(kind)}
+    served = {name: re.split("[:,]", meaning)[0] for name, meaning in meanings.items()}
+    others = {name for name, one in served.items() if one in TAKES and one != mode}
+    return others if mode == "train" else others | set(AS_TRAINED)
+
+
+def at_work(use: Any, mode: str) -> dict[str, Any]:
+    """The settings `use` without those that do nothing in `mode`."""
+    idle = idle_keys(mode, [type(use)])
+    return {name: value for name, value in vars(use).items() if name not in idle}
 
 
 def sources_of(arguments: argparse.Namespace) -> str:

@@ -361,8 +361,8 @@ def test_how_a_training_was_used_does_not_stick_to_its_weights(
     settings = tiny_config(workshop.folder, num_epochs=1) | {
         f"{kind}_dir": str(tmp_path / kind) for kind in ("checkpoint", "log", "results")
     }
-    (tmp_path / "c.json").write_text(json.dumps(settings))
-    used = dict(scenes="0,2", temperature="1", eval_size="native", tile_size="64")
+    (tmp_path / "c.json").write_text(json.dumps(settings | {"scenes": "0,2"}))
+    used = dict(temperature="1", eval_size="native", tile_size="64")
     given = [word for key, value in used.items() for word in ("--set", f"{key}={value}")]
     assert ms.main(["--mode", "train", "--config", str(tmp_path / "c.json"), *given]) == 0
     weights = tmp_path / "checkpoint" / "best_model.pth"

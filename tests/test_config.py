@@ -547,6 +547,31 @@ def test_flags_that_do_nothing_are_refused(mode: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "wish"),
+    [
+        ("train", "quality=90"),
+        ("train", "scenes=4"),
+        ("evaluate", "compile=true"),
+        ("evaluate", "image_size=128,128"),
+        ("enhance", "extra_metrics=niqe"),
+        ("enhance", "crop_size=64"),
+    ],
+)
+def test_keys_that_do_nothing_are_refused(mode: str, wish: str) -> None:
+    line = parse_refusal("--mode", mode, *flags(*NEEDED[mode]), "--set", wish)
+    assert f"{wish.partition('=')[0]} does nothing in --mode {mode}" in line
+
+
+def test_a_config_file_and_the_demo_may_have_any_key(tmp_path: Path) -> None:
+    config = tmp_path / "all.json"
+    config.write_text('{"scenes": "4", "samples": 2, "compile": true, "crop_size": 64}')
+    for mode in NEEDED:
+        given = parsed(["--mode", mode, *flags(*NEEDED[mode]), "--config", str(config)]).settings
+        assert given["samples"] == 2
+    assert parsed(["--mode", "demo", "--set", "crop_size=64"]).settings == {"crop_size": 64}
+
+
+@pytest.mark.parametrize(
     ("mode", "name"), [(mode, name) for mode in NEEDED for name in NEEDED[mode]]
 )
 def test_missing_flags_are_named(mode: str, name: str) -> None:

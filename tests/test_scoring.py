@@ -358,11 +358,15 @@ def test_other_modes_take_no_notice_of_the_folder(
 ) -> None:
     """As with every key of Use that another mode needs: one config serves them all."""
     files = ["--input", str(pairs / "low" / "2.png"), "--output", str(tmp_path / "2.png")]
-    given = ["--set", "outputs_dir=nowhere", "--set", "device=cpu", "--checkpoint", str(weights)]
+    (tmp_path / "all.json").write_text('{"outputs_dir": "nowhere"}')
+    given = ["--config", str(tmp_path / "all.json"), "--device", "cpu"]
+    given += ["--checkpoint", str(weights)]
     assert ms.main(["--mode", "enhance", *files, *given]) == 0
 
 
-@pytest.mark.parametrize("wish", ["exposure=1", "strength=0.5", "reference=low.png"])
+@pytest.mark.parametrize(
+    "wish", ["exposure=1", "strength=0.5", "reference=low.png", "samples=2", "uncertainty=true"]
+)
 def test_what_evaluation_does_not_score_is_refused(
     weights: Path, pairs: Path, capsys: pytest.CaptureFixture[str], wish: str
 ) -> None:
