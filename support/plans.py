@@ -67,9 +67,8 @@ def source_plan(
 def unaltered(config: Any) -> Any:
     """`config` without augmentation, so that a pair always gives one sample."""
     still = dict(flips=False, exposure_gain=0.0, channel_gain=0.0, window_min=1.0)
-    return dataclasses.replace(
-        config, **still, identity_share=0.0, paste_share=0.0, mixup_share=0.0
-    )
+    still |= dict(identity_share=0.0, paste_share=0.0, jpeg_share=0.0, mixup_share=0.0)
+    return dataclasses.replace(config, **still)
 
 
 def spread(count: int, wanted: int) -> list[int]:

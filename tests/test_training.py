@@ -734,6 +734,18 @@ def test_validation_losses_are_of_the_same_samples_and_disturb_nothing(
     assert not any(value.requires_grad and value.grad for value in trainer.averaged.parameters())
 
 
+def test_validation_losses_are_without_augmentation(data: Path, tmp_path: Path) -> None:
+    every = dict(flips=True, exposure_gain=2.0, channel_gain=0.5, window_min=0.3)
+    every |= dict(identity_share=0.5, paste_share=0.5, jpeg_share=1.0, mixup_share=1.0)
+    none = {key: type(value)(0) for key, value in every.items()} | {"window_min": 1.0}
+    config, plain = (build(ms.Config, settings_in(data, tmp_path, **c), "") for c in (every, none))
+    store, chosen, *_ = ms.training_data(plain, ms.Use())
+    samples = ms.TrainingSamples(store, chosen, ms.unaltered(config))
+    for place in range(len(chosen)):
+        wanted = ms.TrainingSamples(store, chosen, plain)[0, place]
+        assert all(map(torch.equal, samples[0, place], wanted))
+
+
 # settings that must, or must not, change the result -----------------------------------------------
 
 
