@@ -62,8 +62,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         given = read_all((ms.Config, ms.Use), None, arguments.set, ())
-        model, use, runtime = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)[:3]
-        store, training, held_out, validation = training_data(model.config, use)
+        loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
+        use, runtime = loaded.use, loaded.runtime
+        store, training, held_out, validation = training_data(loaded.model.config, use)
     except UserError as error:
         sys.exit(complain(error))
     rows = defaultdict(list)
@@ -73,6 +74,7 @@ def main() -> None:
     ):
         for index in chosen:
             low, high = pairs[index]
+            model, _ = loaded.choose(low)
             output = ms.enhance_pixels(model, low, use, runtime).best / 65535
             target = high / 255
             pictures = {kind: output} | (altered(output, target) if kind == "validation" else {})
