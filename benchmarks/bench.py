@@ -457,6 +457,9 @@ def main() -> None:
     )
     parser.add_argument("--page", metavar="FILE", help="put the table between its marks, too")
     arguments = parser.parse_args()
+    from support.commands import keep_memory
+
+    keep_memory()  # as every command of ours does; the peers have it, too
     around = around_marks(arguments.page) if arguments.page else ("", "")  # before it takes long
     rows: list[Row] = []
     target: Path | None = None

@@ -1,6 +1,6 @@
 """Packs two trained networks into one file, with a small one that tells their cameras apart.
 
-    python benchmarks/make_release.py --ordinary runs/ordinary4/best_model.pth \\
+    python benchmarks/make_release.py --ordinary runs/ordinary5/best_model.pth \\
         --infrared runs/stage4/best_model.pth --out checkpoints/released.pth \\
         --infrared_pictures A/low --ordinary_pictures B/low --ordinary_pictures A/high \\
         --darken B/high --known A/low --known B/low --known_darkened B/high
