@@ -575,6 +575,53 @@ def test_a_forgotten_result_is_made_again(page: Any, low: Path) -> None:
     assert download(page)[0] == "night_enhanced.png"
 
 
+def test_a_cancelled_upload_makes_room_for_the_next(page: Any, low: Path, wide: Path) -> None:
+    held: list[Any] = []
+    page.route("**/jobs", lambda route: route.continue_() if held else held.append(route))
+    choose(page, low)
+    soon(page, "current.busy.main.state === 'uploading'")
+    page.click("#cancel")
+    choose(page, wide)
+    finished(page)
+    assert states(page) == ["night.png: cancelled", "wide.png: done"]
+
+
+def test_what_failed_and_is_no_longer_wanted_leaves_no_message(page: Any, low: Path) -> None:
+    choose(page, low)
+    finished(page)
+    no = {"status": 400, "json": {"error": "no such model"}}
+    page.route("**/jobs", lambda route: route.fulfill(**no))
+    page.select_option("#model", index=1)
+    soon(page, "!$('message').hidden")
+    assert "no such model" in page.inner_text("#message") and page.is_hidden("#retry")
+    page.select_option("#model", index=0)
+    finished(page)
+    assert page.is_hidden("#message") and states(page) == ["night.png: done"]
+
+
+def test_what_the_server_forgot_at_work_can_be_tried_again(page: Any, wide: Path) -> None:
+    gone = {"status": 404, "json": {"error": "this picture is no longer known"}}
+    page.route("**/jobs/*", lambda route: route.fulfill(**gone))
+    choose(page, wide)
+    soon(page, "!$('message').hidden")
+    assert "no longer known" in page.inner_text("#message")
+    page.unroute("**/jobs/*")
+    page.click("#retry")
+    finished(page)
+    assert page.is_hidden("#message")
+
+
+def test_a_preview_that_did_not_come_is_asked_for_again(page: Any, low: Path) -> None:
+    page.route("**/*lossless=1*", lambda route: route.fulfill(status=404, body="{}"))
+    choose(page, low)
+    finished(page)
+    soon(page, "!previews.after.url")
+    page.unroute("**/*lossless=1*")
+    set_slider(page, "exposure", 1)
+    finished(page)
+    soon(page, "previews.after.answer")
+
+
 # drafts -------------------------------------------------------------------------------------------
 
 

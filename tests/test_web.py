@@ -252,6 +252,8 @@ def test_sliders_are_the_command_lines_arithmetic(client: Any, studio: rooms.Stu
     assert client.get(f"/jobs/{job}/enhanced?strength=1.1").status_code == 400
     start = {one["key"]: one["start"] for one in web_results.sliders({"strength": 0.5})}
     assert start == {"exposure": 0.0, "strength": 0.5, "denoise": 0.0}
+    far = web_results.sliders({"exposure": 3.0})[0]
+    assert (far["low"], far["high"], far["start"]) == (-2, 3.0, 3.0)
 
 
 def test_denoise_is_the_command_lines_and_what_was_asked_last_is_kept(

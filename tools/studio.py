@@ -77,14 +77,12 @@ class Job:
     @property
     def size(self) -> int:
         """Bytes it holds."""
-        arrays = [self.picture.pixels, self.picture.alpha] if self.picture else []
-        arrays += (
-            [self.enhanced.best, *self.enhanced.samples, self.enhanced.deviation]
-            if self.enhanced
-            else []
-        )
+        # each is read once: other threads change them meanwhile
+        picture, enhanced, calm = self.picture, self.enhanced, list(self.calm.values())
+        arrays = [picture.pixels, picture.alpha] if picture else []
+        arrays += [enhanced.best, *enhanced.samples, enhanced.deviation] if enhanced else []
         arrays += [*(self.draft or ()), *self.reduced.values()]
-        arrays += [*(levels for _, levels in self.calm.values())]
+        arrays += [levels for _, levels in calm]
         return len(self.data) + sum(array.nbytes for array in arrays if array is not None)
 
     def progress(self, done: int, total: int) -> None:

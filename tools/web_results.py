@@ -66,9 +66,15 @@ def ranges() -> dict[str, tuple[float, float]]:
 
 
 def sliders(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table for the page; a slider starts at the value that the command line gave."""
+    """The table for the page; a slider starts at the value that the command line gave, and reaches
+    as far."""
     use = build(ms.Use, dict(settings), "settings")
-    return [one._asdict() | {"start": getattr(use, one.key)} for one in SLIDERS]
+    found = []
+    for one in SLIDERS:
+        start = getattr(use, one.key)
+        reach = {"low": min(one.low, start), "high": max(one.high, start)}
+        found.append(one._asdict() | reach | {"start": start})
+    return found
 
 
 def finished(

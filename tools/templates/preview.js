@@ -56,9 +56,10 @@ class Preview {
     this.clear();
     this.url = url;
     const low = `/jobs/${job}/low?side=${PREVIEW_SIDE}&lossless=1`;
-    const found = await Promise.all([low, url].map(pixelsOf));
-    if (url !== this.url || found.includes(null)) return;
-    [this.low, this.answer] = found;
+    const found = await Promise.all([low, url].map(pixelsOf)).catch(() => [null]);
+    if (url !== this.url) return;
+    if (found.includes(null)) this.url = ""; // tried again when the picture is shown again
+    else [this.low, this.answer] = found;
   }
 
   show(values) {

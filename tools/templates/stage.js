@@ -24,7 +24,7 @@ function open(item) {
 
 onChange.item = (item) => {
   renderThumb(item);
-  if (item.error && !item.told) showProblems();
+  if (item.error !== (item.told ?? "")) showProblems();
   item.told = item.error;
   if (item === current) render();
 };
@@ -133,11 +133,21 @@ async function paint() {
   if (want.after && arrived.includes(false)) {
     painted = "";
     if (!want.run) item.blind ||= !arrived[0]; // a draft: the next poll paints again
-    else renew(item).then((lost) => lost && say(["a result was no longer kept; it is made again"]));
+    else renewed(item);
     return;
   }
   revealed = key;
   reveal(item, want, arrived[0]);
+}
+
+// A view did not come: its result is made again, or the view is asked for again in a while.
+async function renewed(item) {
+  try {
+    if (await renew(item)) say(["a result was no longer kept; it is made again"]);
+    else setTimeout(paint, 1200);
+  } catch (error) {
+    say([error.message]);
+  }
 }
 
 // The picture itself is there: the preview over it may go, unless a slider is still moving.

@@ -75,11 +75,13 @@ const draftUrl = (run, values) => `/jobs/${run.job}/draft?${query(values)}`;
 
 // Start what the picture's settings need and is neither there nor on its way; stop all else.
 function ensure(item) {
+  if (item.file.size > LIMIT) return;
   for (const role of ROLES) {
     const need = needed(item, role), busy = item.busy[role];
     if (!need || serves(item.runs[role], need)) drop(busy);
     else if (!serves(busy, need)) start(item, role, need);
   }
+  if (doneRun(item) && !Object.keys(item.busy).length) item.error = ""; // what failed is not wanted
   onChange.item(item);
   pump();
 }
@@ -87,6 +89,7 @@ function ensure(item) {
 function start(item, role, need) {
   drop(item.busy[role]);
   const run = { ...need, item, role, state: "waiting", tiles: [0, 0], before: 0, dropped: false };
+  run.upload = new AbortController();
   item.busy[role] = run;
   item.error = "";
   item.cancelled = false;
@@ -97,6 +100,7 @@ function start(item, role, need) {
 function drop(run) {
   if (!run) return;
   run.dropped = true;
+  run.upload.abort();
   if (run.item.busy[run.role] === run) delete run.item.busy[run.role];
   if (run.job) fetch(`/jobs/${run.job}/cancel`, { method: "POST" }).catch(() => {});
 }
@@ -140,7 +144,10 @@ async function work(run) {
     if (!run.dropped) item.runs[role] = run;
   } catch (error) {
     if (run.dropped) return;
-    refuse(item, error.message.replace(/^the picture: /, ""), error.status < 500);
+    drop(run); // the server may still be at work
+    // what is no longer known there can be sent again
+    const hopeless = error.status < 500 && error.status !== 404;
+    refuse(item, error.message.replace(/^the picture: /, ""), hopeless);
   }
   if (item.busy[role] === run) delete item.busy[role];
   onChange.item(item);
@@ -154,7 +161,8 @@ async function send(run) {
   form.append("picture", run.item.file, run.item.name);
   sending = true;
   try {
-    return (await ask("/jobs", { method: "POST", body: form })).job;
+    const { signal } = run.upload;
+    return (await ask("/jobs", { method: "POST", body: form, signal })).job;
   } finally {
     sending = false;
     pump();
