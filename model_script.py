@@ -62,6 +62,7 @@ from support import (
     settings,
     simulated,
 )
+from support.convolutions import Conv3
 from support.curves import curves_in, evaluation_curves
 from support.decoding import SUFFIXES, read_image, read_picture
 from support.extra_metrics import ExtraMetric, extra_scores, load_extra
@@ -114,9 +115,7 @@ class Config:
     flips: bool = knob(True, "augmentation: mirror, and transpose square inputs")
     exposure_gain: float = knob(0.3, "augmentation: gain on low, in stops either way", 0.0, 4.0)
     channel_gain: float = knob(0.05, "augmentation: gain per channel of low, relative", 0.0, 0.9)
-    identity_share: float = knob(
-        0.0, "share of samples whose low is high: leave it alone", 0.0, 1.0
-    )
+    identity_share: float = knob(0.0, "share of samples whose low is high: no change", 0.0, 1.0)
     paste_share: float = knob(0.0, "share of samples with parts of high pasted into low", 0.0, 1.0)
     jpeg_share: float = knob(0.0, "share of samples whose low has been a JPEG file", 0.0, 1.0)
     mixup_share: float = knob(0.0, "share of samples mixed with another in linear light", 0.0, 1.0)
@@ -186,17 +185,17 @@ class Use:
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     camera: str = knob("auto", "which released network; auto: by the picture", choices=WHICH_CAMERA)
     compile: bool = knob(False, "train: by torch.compile; needs a C++ compiler")
-    num_workers: int = knob(0, "data loading processes; 0 loads in the main one", 0, 64)
-    pin_memory: bool = knob(False, "page-locked batches, for faster copies to CUDA")
+    num_workers: int = knob(0, "train: data loading processes; 0 loads in the main one", 0, 64)
+    pin_memory: bool = knob(False, "train: page-locked batches, for faster copies to CUDA")
     cache_megabytes: int = knob(1024, "memory for decoded pictures", 0, 1_000_000)
     on_bad_file: str = knob("error", "bad files: stop, or leave out", choices=("error", "skip"))
-    eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "dark evaluation photographs")
-    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "their targets; empty: score without any")
+    eval_low_dir: str = knob(f"{ARCHIVE_EVAL}/low", "evaluate: dark photographs")
+    eval_high_dir: str = knob(f"{ARCHIVE_EVAL}/high", "evaluate: their targets; empty: none")
     outputs_dir: str = knob("", "evaluate: score this folder's pictures, which another method made")
     extra_metrics: str = knob("", "evaluate: further scores, by pyiqa, such as niqe,musiq,lpips")
     scenes: str = knob("", "evaluate: only these file stems, separated by commas; empty: all")
     eval_size: str = knob("auto", "native, or height,width; auto: as the model was trained")
-    results_dir: str = knob("results", "where evaluations go")
+    results_dir: str = knob("results", "evaluate: where results go")
     temperature: float = knob(0.0, "in prior deviations; 0: the mean, and samples at 1", 0.0, 10.0)
     samples: int = knob(0, "enhance: alternatives to draw beside the best answer", 0, 64)
     uncertainty: bool = knob(False, "enhance: also the deviation over samples (16 if below 2)")
@@ -508,7 +507,7 @@ class Flow(nn.Module):
 
 def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """3x3 convolution that keeps the size (or halves it with stride 2)."""
-    return nn.Conv2d(inputs, outputs, 3, stride, 1)
+    return Conv3(inputs, outputs, stride)
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:

@@ -221,6 +221,12 @@ MUTANTS = [
         "test_scoring",
         "support/commands.py",
     ),
+    Mutant(
+        "row * (width + 2) + column for",
+        "row * width + column for",
+        "test_convolutions",
+        "support/convolutions.py",
+    ),
     # checkpoints
     Mutant(" if k not in RETIRED}", "}", ROOMS, CHECKPOINTS),
     Mutant(" if not k.endswith(data) or os.path.isdir(v)}", "}", ROOMS, CHECKPOINTS),
