@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 from support import files
+from support.settings import UserError, complain
 
 RELEASE = "configs/november_stage3.json"
 RELEASED = f"ConditionalFlow, {Path(RELEASE).stem}"
@@ -345,7 +347,7 @@ def enhancement(
     pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     low = to_tensor(pixels)[None].to(device)
     given = {"device": device}
-    model, use, runtime = ms.load_model(checkpoint, given, ms.ConditionalFlow)[:3]
+    model, use, runtime = ms.load_model(shipped(checkpoint), given, ms.ConditionalFlow)[:3]
     fast = ms.load_model(shipped("fast"), given, ms.ConditionalFlow).model
 
     def passes(enhance: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
@@ -381,8 +383,10 @@ def measured(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
     yield clip(folder)
     yield scaling(folder, arguments.seconds)
 
+    from support.commands import keep_memory
     from support.runtime import choose_runtime
 
+    keep_memory()  # as every command of ours does; the peers have it, too
     device = choose_runtime("auto", mixed=False).device.type
     trainers = make_trainers(device, folder)
     yield training(trainers, device, arguments.rounds, arguments.seconds)
@@ -457,10 +461,13 @@ def main() -> None:
     )
     parser.add_argument("--page", metavar="FILE", help="put the table between its marks, too")
     arguments = parser.parse_args()
-    from support.commands import keep_memory
-
-    keep_memory()  # as every command of ours does; the peers have it, too
-    around = around_marks(arguments.page) if arguments.page else ("", "")  # before it takes long
+    # before it takes long
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    for text in arguments.peer:
+        if not zipfile.is_zipfile(text.partition("=")[2]):
+            parser.error(f"--peer {text}: give NAME=FILE, a file of torch.export.save")
+    around = around_marks(arguments.page) if arguments.page else ("", "")
     rows: list[Row] = []
     target: Path | None = None
     with tempfile.TemporaryDirectory() as name:
@@ -484,4 +491,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(complain(mistake))

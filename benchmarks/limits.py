@@ -1,6 +1,6 @@
 """What holds a model back?
 
-    python benchmarks/limits.py [--checkpoint FILE] [--every 4] [--set KEY=VALUE ...]
+    python benchmarks/limits.py --checkpoint FILE [--every 4] [--set KEY=VALUE ...]
 
 Scores every --every-th training pair and all validation pairs of the split that the weights were
 trained with, whole and at native size. Then it scores the validation outputs blurred, sharpened,
@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model_script as ms  # noqa: E402
+from support.commands import run, shipped  # noqa: E402
 from support.metrics import GREY, match_mean, psnr_of, ssim_of  # noqa: E402
 from support.pairs import training_data  # noqa: E402
-from support.settings import UserError, complain, read_all  # noqa: E402
+from support.settings import read_all  # noqa: E402
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -48,7 +49,7 @@ def altered(enhanced: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def main() -> None:
+def main() -> int:
     """Print a line for each kind of picture.
 
     Pairs, PSNR, SSIM, GT-mean PSNR, |log2| of the brightness ratio.
@@ -56,17 +57,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default=str(ms.RELEASED))
+    parser.add_argument("--checkpoint", type=shipped, default=str(ms.RELEASED))
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    try:
-        given = read_all((ms.Config, ms.Use), None, arguments.set, ())
-        loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
-        use, runtime = loaded.use, loaded.runtime
-        store, training, held_out, validation = training_data(loaded.model.config, use)
-    except UserError as error:
-        sys.exit(complain(error))
+    if arguments.every < 1:
+        parser.error("--every must be at least 1")
+    return run(lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Raises UserError."""
+    given = read_all((ms.Config, ms.Use), None, arguments.set, ())
+    loaded = ms.load_model(arguments.checkpoint, given, ms.ConditionalFlow)
+    use, runtime = loaded.use, loaded.runtime
+    store, training, held_out, validation = training_data(loaded.model.config, use)
     rows = defaultdict(list)
     for kind, pairs, chosen in (
         ("training", store, training[:: arguments.every]),
@@ -91,7 +96,8 @@ def main() -> None:
             f"{name:42} {len(scores):3} pairs  {psnr:.2f} dB  SSIM {ssim:.3f}  GT-mean {helped:.2f}"
             f" dB  {stops:.3f} stops"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

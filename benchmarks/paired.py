@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def work(tree: Path, checkpoint: str, threads: int, picture: str) -> None:
     import model_script as ms
 
     assert Path(ms.__file__).resolve().parent == tree
+    with suppress(ImportError):  # older trees do not have it
+        from support.commands import keep_memory
+
+        keep_memory()
     torch.set_num_threads(threads)
     content = torch.load(checkpoint, weights_only=True)
     shape = ("flow_channels", "global_channels", "num_flow_blocks", "thumbnail_size", "crop_size")
@@ -96,9 +101,10 @@ def main() -> int:
     if arguments.tree:
         work(Path(arguments.tree), arguments.checkpoint, arguments.threads, arguments.picture)
         return 0
-    if arguments.turns < 1:
-        print("error: --turns must be at least 1", file=sys.stderr)
-        return 2
+    for name in ("turns", "threads"):
+        if getattr(arguments, name) < 1:
+            print(f"error: --{name} must be at least 1", file=sys.stderr)
+            return 2
     before = Path(arguments.before or "").resolve()
     if not arguments.before or not (before / "model_script.py").is_file():
         print(f"error: --before {arguments.before}: no model_script.py there", file=sys.stderr)

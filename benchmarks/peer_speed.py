@@ -62,13 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--checkpoint", default=str(ms.RELEASED))
+    parser.add_argument("--checkpoint", type=shipped, default=str(ms.RELEASED))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        settings = read_all((ms.Config, ms.Use), None, arguments.set, ())
+        settings = read_all((ms.Config, ms.Use), None, arguments.set, ()) | {"device": "cpu"}
+        if arguments.rounds < 1:
+            raise UserError("--rounds must be at least 1")
         peers = [load_peer(text) for text in arguments.peer]
         pixels = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         low = to_tensor(pixels)[None]

@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.pairs import find_pairs, natural_key  # noqa: E402
+from support.pairs import Pair, find_pairs, natural_key  # noqa: E402
 from support.scenes import find_scenes  # noqa: E402
 from support.settings import UserError, complain  # noqa: E402
 
@@ -72,6 +72,17 @@ def link(folder: Path, stem: str, target: Path) -> None:
     path.symlink_to(target.resolve())
 
 
+def read_stems(name: str, file: str, sources: dict[str, list[Pair]]) -> list[str]:
+    """The stems in `file`, which must all be of the source `name`. Raises UserError."""
+    if name not in sources or not Path(file).is_file():
+        raise UserError(f"--keep {name}={file}: needs the name of a source, and a file of stems")
+    found = Path(file).read_text(encoding="utf-8").strip().split(",")
+    unknown = sorted(set(found) - {pair.name for pair in sources[name]}, key=natural_key)
+    if unknown:
+        raise UserError(f"--keep {name}={file}: {unknown[0]} is no pair of it; see the stems there")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,6 +108,7 @@ def main() -> int:
         for text in arguments.well_exposed:
             name, _, folder = text.partition("=")
             sources.append((name, find_pairs(folder, folder, "train")))
+        kept = {name: read_stems(name, file, dict(sources)) for name, file in keep.items()}
     except UserError as error:
         return complain(error)
     for name, pairs in sources:
@@ -106,17 +118,19 @@ def main() -> int:
                 for p in pairs
             ]
         )
-        kept = Path(keep[name]).read_text().strip().split(",") if name in keep else []
         stems = [pair.name for pair in pairs]
         held = set(
             held_out(
-                stems, thumbnails, arguments.held, arguments.seed, arguments.similarity, set(kept)
+                *(stems, thumbnails, arguments.held, arguments.seed, arguments.similarity),
+                set(kept.get(name, ())),
             )
         )
         for pair in pairs:
-            part = "val" if pair.name in held else "train"
+            part, other = ("val", "train") if pair.name in held else ("train", "val")
             for kind, path in (("low", pair.low), ("high", pair.high)):
                 link(out / part / name / kind, pair.name, path)
+                # of an earlier split
+                (out / other / name / kind / f"{pair.name}{path.suffix}").unlink(missing_ok=True)
         (out / "splits").mkdir(exist_ok=True)
         for part in ("train", "val"):
             lines = [stem for stem in stems if (stem in held) == (part == "val")]

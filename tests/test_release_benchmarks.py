@@ -52,6 +52,60 @@ def test_takes_of_one_scene_stay_together_and_what_is_kept_stays() -> None:
     )
 
 
+def prepare(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, keep: str, seed: int = 0, held: int = 2
+) -> int:
+    pairs = f"mine={folder / 'low'}:{folder / 'high'}"
+    argv = ["--out", str(folder / "out"), "--pairs", pairs, "--keep", keep]
+    argv += ["--held", str(held), "--seed", str(seed)]
+    monkeypatch.setattr(sys, "argv", ["prepare_sources.py", *argv])
+    return prepare_sources.main()
+
+
+def test_a_new_split_leaves_nothing_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        for kind in ("low", "high"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            levels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+            Image.fromarray(levels).save(tmp_path / kind / f"{name}.png")
+    for kept in ("a", "b"):
+        (tmp_path / "keep.txt").write_text(kept)
+        assert prepare(monkeypatch, tmp_path, f"mine={tmp_path / 'keep.txt'}", held=1) == 0
+        for kind in ("low", "high"):
+            parts = [tmp_path / "out" / part / "mine" / kind for part in ("train", "val")]
+            train, val = ({path.stem for path in part.iterdir()} for part in parts)
+            assert val == {kept} and train == set("abcdef") - {kept}
+
+
+@pytest.mark.parametrize(
+    ("source", "stems", "words"),
+    [
+        ("mine", "a,z", "z is no pair"),
+        ("other", "a", "name of a source"),
+        ("mine", "", "a file of"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    stems: str,
+    words: str,
+) -> None:
+    for kind in ("low", "high"):
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / kind / "a.png")
+    if stems:
+        (tmp_path / "keep.txt").write_text(stems)
+    status = prepare(monkeypatch, tmp_path, f"{source}={tmp_path / 'keep.txt'}")
+    assert_one_line_error(status, capsys.readouterr().err, "--keep", words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_burnt_share_counts_what_was_not_bright() -> None:
     given, enhanced = np.full((2, 10, 3), 100, np.uint8), np.full((2, 10, 3), 200, np.uint8)
     given[0, :5] = 230
