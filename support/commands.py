@@ -110,7 +110,8 @@ def parse(
     arguments.settings = found
     for name in assignments(arguments.set):  # a config file may serve several modes
         if name in idle_keys(arguments.mode, kinds):
-            hint = "use eval_size" if name == "image_size" else "leave it out"
+            sized = name == "image_size" and arguments.mode == "evaluate"
+            hint = "use eval_size" if sized else "leave it out"
             raise UserError(f"{name} does nothing in --mode {arguments.mode}; {hint}")
     if arguments.mode == "evaluate" and found.get("outputs_dir"):
         if arguments.checkpoint is not None:
@@ -124,7 +125,7 @@ def parse(
 
 def idle_keys(mode: str, kinds: Iterable[type]) -> set[str]:
     """Keys that do nothing in `mode`: those whose meaning begins with another mode's name, and
-    where weights are used, those that they decide. None in demo, which is all modes in one."""
+    where weights are used, those that they decide. None in demo, which trains and evaluates."""
     if mode not in TAKES:
         return set()
     meanings = {key.name: key.metadata["meaning"] for kind in kinds for key in fields(kind)}
