@@ -202,14 +202,8 @@ def test_inverse_in_single_precision() -> None:
 
 def test_coupling_network_is_the_published_one() -> None:
     net = upt.ConditionalAffine(6, 5, 8).net
-    assert [type(layer) for layer in net] == [
-        nn.Conv2d,
-        nn.ReLU,
-        nn.Conv2d,
-        nn.ReLU,
-        upt.CBAM,
-        nn.Conv2d,
-    ]
+    kinds = (nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, upt.CBAM, nn.Conv2d)
+    assert len(net) == len(kinds) and all(map(isinstance, net, kinds))
     convolutions = [layer for layer in net if isinstance(layer, nn.Conv2d)]
     assert [layer.kernel_size for layer in convolutions] == [(1, 1), (3, 3), (1, 1)]
     assert not convolutions[-1].weight.any() and not convolutions[-1].bias.any()
