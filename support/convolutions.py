@@ -53,8 +53,8 @@ class ByProducts(torch.autograd.Function):
 class Conv3(nn.Conv2d):
     """A 3x3 convolution that keeps the size, or halves it with stride 2.
 
-    oneDNN takes three times as long for the gradient of float32 weights as for the convolution
-    itself, and matrix products half of that (benchmarks/ablation.md).
+    oneDNN takes two to three times as long for the gradient of float32 weights as for the
+    convolution itself; matrix products take half to four fifths of that (benchmarks/ablation.md).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
