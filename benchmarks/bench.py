@@ -156,12 +156,8 @@ def scaling(folder: Path, seconds: float) -> list[Row]:
         (newest,) = weights.glob("checkpoint_epoch_*.pth")
         training = torch.load(newest, weights_only=True)["training"]
         speed = training["step"] * 4 / (60 * training["minutes"])
-        rows.append(
-            row(
-                *("scaling", f"{count} x {threads} thread{'s' * (threads > 1)}", speed),
-                *("images/s", "release recipe, batch 4"),
-            )
-        )
+        name = f"{count} x {threads} thread{'s' * (threads > 1)}"
+        rows.append(row("scaling", name, speed, "images/s", "release recipe, batch 4"))
     one, two, threaded = (found["value"] for found in rows)
     rows += [row("scaling", "efficiency", two / one / 2, "of 1")]
     return [*rows, row("scaling", "2 x 1 thread over 1 x 2 threads", two / threaded, "times")]

@@ -119,12 +119,9 @@ def main() -> int:
             ]
         )
         stems = [pair.name for pair in pairs]
-        held = set(
-            held_out(
-                *(stems, thumbnails, arguments.held, arguments.seed, arguments.similarity),
-                set(kept.get(name, ())),
-            )
-        )
+        wanted, seed, similarity = arguments.held, arguments.seed, arguments.similarity
+        mine = set(kept.get(name, ()))
+        held = set(held_out(stems, thumbnails, wanted, seed, similarity, mine))
         for pair in pairs:
             part, other = ("val", "train") if pair.name in held else ("train", "val")
             for kind, path in (("low", pair.low), ("high", pair.high)):

@@ -108,8 +108,9 @@ def parse(
     arguments.set += [f"{name}={word}" for name, word in words]
     found = read_all(kinds, arguments.config, arguments.set, system.unused)
     arguments.settings = found
+    idle = idle_keys(arguments.mode, kinds)
     for name in assignments(arguments.set):  # a config file may serve several modes
-        if name in idle_keys(arguments.mode, kinds):
+        if name in idle:
             sized = name == "image_size" and arguments.mode == "evaluate"
             hint = "use eval_size" if sized else "leave it out"
             raise UserError(f"{name} does nothing in --mode {arguments.mode}; {hint}")
